@@ -1,0 +1,662 @@
+"""
+How one layer reads tokens into its state: in place without gradients, or planned first and gathered afterwards with them.
+
+Both walk the same segments through the same consolidation. In place, the arrays of the state are the working memory. With
+gradients, the walk runs on detached values and only records which pool entry sits where (integers); keys and values are then
+gathered from one pool, each merged pair computed once, and every segment is recomputed in the backward pass instead of keeping
+its own copy of the keys.
+
+Shapes: `R` sequences, `T` tokens of this call, `H` query heads, `G` key/value heads, `D` head width, `N` entries before the
+window, `L` entries visible, `S` segment length, `P` entries of the pool.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .memory_ops import (
+    MASKED,
+    MAX_SOURCES,
+    QUERY_STRIDE,
+    USAGE_DECAY,
+    BankSettings,
+    Candidates,
+    Compress,
+    Entries,
+    Plan,
+    additive_bias,
+    attend,
+    attention_weights,
+    causal_mask,
+    consolidate,
+    merge_salience_bias,
+    prefix_bias,
+    prefix_positions,
+    pressure,
+    rotary_start,
+    rotate,
+    route_gates,
+    salience_bias,
+    take_entries,
+)
+from .state_bank import BankState, RowState
+
+
+class RotaryTable:
+    """Cosines and sines of RoPE for one forward pass, computed once per range of positions and shared by all layers."""
+
+    def __init__(self, inverse_frequencies: torch.Tensor, scaling: float, dtype: torch.dtype):
+        """From inverse frequencies [D / 2], and the factor that some RoPE variants put on cosines and sines."""
+        self.dtype, self.device = dtype, inverse_frequencies.device
+        self.precise = torch.promote_types(dtype, torch.float32)
+        self.frequencies, self.scaling = inverse_frequencies.to(self.precise), scaling
+        self.ranges: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [..., D] at integer positions [...]."""
+        angles = positions[..., None].to(self.precise) * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.scaling).to(self.dtype), (angles.sin() * self.scaling).to(self.dtype)
+
+    def range(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [stop - start, D] of consecutive positions."""
+        if (start, stop) not in self.ranges:
+            self.ranges[start, stop] = self.at(torch.arange(start, stop, device=self.device))
+        return self.ranges[start, stop]
+
+    def prefix(self, num_prefix: int, settings: BankSettings) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [N, D] of the entries before the window."""
+        if settings.memory_position == "rank" or num_prefix <= settings.num_sink_tokens:
+            return self.range(0, num_prefix)
+        return self.at(prefix_positions(num_prefix, settings, self.device))
+
+
+@dataclass
+class Sequences:
+    """
+    Sequences that stand at the same position and are read together, left-aligned, the shorter ones padded at the end.
+
+    What follows the end of a sequence cannot reach it, by causality; its state is taken at its own end.
+    """
+
+    rows: list[int]  # row of the batch that each sequence is in
+    counts: list[int]  # real tokens of each
+    columns: torch.Tensor | None = None  # [R, T] index of each token in the flattened batch; None: the batch as it is
+    is_fresh: bool = False  # starts from an empty state, whatever its row has read
+    keeps_state: list[bool] = field(default_factory=list)  # whether a sequence is the last of its row
+
+    def take(self, batch: torch.Tensor) -> torch.Tensor:
+        """Tokens of these sequences, [R, T, ...], from [B, T, ...]."""
+        return batch if self.columns is None else batch.flatten(0, 1)[self.columns]
+
+    def put(self, batch: torch.Tensor | None, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """`batch` [B, T, F] (None: zeros) with the real tokens of these sequences set to `values` [R, T, F]."""
+        if self.columns is None:
+            return values
+        if batch is None:
+            batch = values.new_zeros(*shape, values.shape[-1])
+        index = torch.cat([self.columns[i, :count] for i, count in enumerate(self.counts)])
+        real = torch.cat([values[i, :count] for i, count in enumerate(self.counts)])
+        return batch.flatten(0, 1).index_copy(0, index, real).view_as(batch)
+
+
+@dataclass
+class Call:
+    """One forward pass: which tokens belong to which sequence, and what its layers share."""
+
+    rotary: RotaryTable
+    sequences: list[Sequences]
+    token_ids: torch.Tensor  # [B, T], -1 where unknown
+    settings: dict[str, BankSettings]  # by layer type
+    keeps_state: bool
+    # Set when every row goes one token further or none: rows may stand anywhere, and are read together.
+    active: list[bool] | None = None
+    eager: bool = False
+    output_attentions: bool = False
+    noise_seed: int | None = None
+    # [B, W] column of the batch's mask that each real token of a row stands in, where the whole history is known.
+    key_columns: torch.Tensor | None = None
+    num_columns: int = 0
+    masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def causal_mask(self, num_queries: int, num_keys: int) -> torch.Tensor:
+        """Additive mask [T, L], shared by all layers."""
+        if (num_queries, num_keys) not in self.masks:
+            mask = causal_mask(num_queries, num_keys, self.rotary.device, self.rotary.dtype)
+            self.masks[num_queries, num_keys] = mask
+        return self.masks[num_queries, num_keys]
+
+
+@dataclass
+class Tokens:
+    """What a layer projects from the tokens of some sequences, before RoPE."""
+
+    queries: torch.Tensor  # [R, H, T, D]
+    keys: torch.Tensor  # [R, G, T, D]
+    values: torch.Tensor  # [R, G, T, D]
+    salience: torch.Tensor  # [R, G, T]
+    complexity: torch.Tensor  # [R, H, T]
+    token_ids: torch.Tensor  # [R, T]
+
+    def __len__(self) -> int:
+        return self.keys.shape[2]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
+        per_head = (self.queries, self.keys, self.values, self.salience, self.complexity)
+        return Tokens(*map(function, per_head), self.token_ids)
+
+    def slice(self, start: int, stop: int) -> "Tokens":
+        return replace(self.map(lambda tensor: tensor[:, :, start:stop]), token_ids=self.token_ids[:, start:stop])
+
+
+@dataclass
+class Pool:
+    """Everything a slot may stand for in one call: raw entries in order of time, then merged pairs, [R, G, P, ...]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor  # salience bias
+    mass: torch.Tensor  # source tokens
+
+    def take(self, index: torch.Tensor) -> "Pool":
+        return Pool(*(take_entries(tensor, index) for tensor in (self.keys, self.values, self.bias, self.mass)))
+
+    def extended(self, pairs: torch.Tensor, compress: Compress) -> "Pool":
+        """With the pairs [R, G, K, 2] of pool indices merged, at the end."""
+        older, newer = self.take(pairs[..., 0]), self.take(pairs[..., 1])
+        keys, values = compress(older.keys, older.values, older.mass, newer.keys, newer.values, newer.mass)
+        bias = merge_salience_bias(older.bias, older.mass, newer.bias, newer.mass)
+        added = (keys, values, bias, older.mass + newer.mass)
+        mine = (self.keys, self.values, self.bias, self.mass)
+        return Pool(*(torch.cat(pair, dim=2) for pair in zip(mine, added, strict=True)))
+
+
+@dataclass
+class PlannedSegment:
+    """What one stretch of tokens sees, as recorded by the plan."""
+
+    start: int
+    stop: int
+    row: RowState
+    source: torch.Tensor  # [R, G, N] pool indices of the entries before the window
+    entries: Entries
+    holes: torch.Tensor | None  # [R, G, L]
+
+
+def refreshed(state: BankState, rotary: RotaryTable) -> BankState:
+    """Same state with its working copies (rotated keys, slot biases) rebuilt where they are missing."""
+    if state.rotated is not None and state.key_bias is not None:
+        return state
+    if not state.is_uniform:
+        parts = [refreshed(state.select([i]), rotary) for i in range(len(state.rows))]
+        return BankState.stack(parts)
+    settings, row = state.settings, state.rows[0]
+    num_prefix, room = state.num_prefix(), 2 * state.settings.segment_length
+    state = state.resized(num_prefix)
+    start = rotary_start(num_prefix, num_prefix, settings)
+    keys = state.keys.detach()
+    before = rotate(keys[:, :, :num_prefix], *rotary.prefix(num_prefix, settings))
+    window = rotate(keys[:, :, num_prefix:], *rotary.range(start, start + room))
+    entries = state.entries.map(torch.Tensor.detach)
+    key_bias = prefix_bias(entries, row_pressure(row, settings), num_prefix - row.num_slots)
+    return replace(state, rotated=torch.cat((before, window), dim=2), key_bias=key_bias)
+
+
+def row_pressure(row: RowState, settings: BankSettings) -> float:
+    return pressure(row.slot_counts[0], row.window_start, settings)
+
+
+def is_biased(rows: list[RowState], settings: BankSettings) -> bool:
+    """Whether any slot can carry a bias; before the first demotion none does."""
+    return any(row.slot_counts[1] or row.slot_counts[2] or row_pressure(row, settings) > 0 for row in rows)
+
+
+class BankReader:
+    """Reads the tokens of some sequences in one layer."""
+
+    def __init__(
+        self,
+        call: Call,
+        settings: BankSettings,
+        sequences: Sequences,
+        scaling: float,
+        compress: Compress | None,
+        uses_routing: bool,
+        on_consolidation: Callable[[BankState, list[int]], None],
+    ):
+        """
+        Args:
+            compress: the layer's compressor; None without slots.
+            on_consolidation: told the state before each consolidation, and the sequences in it.
+        """
+        self.call, self.settings, self.sequences, self.scaling = call, settings, sequences, scaling
+        self.counts = sequences.counts
+        self.compress, self.uses_routing, self.on_consolidation = compress, uses_routing, on_consolidation
+
+    # ------------------------------------------------------------------------------------------------- consolidation
+
+    def begin_segment(self, state: BankState, plan: Plan | None = None) -> tuple[BankState, Plan | None]:
+        """The state after the older segment of a full window has left it. All rows stand at the same position."""
+        settings, row = self.settings, state.rows[0]
+        length, num_prefix = settings.segment_length, len(state.entries)
+        leaving, candidates_end = slice(num_prefix, num_prefix + length), num_prefix + length
+        usage = self.measure_usage(state)
+        entered = self._leaving_entries(state, usage[:, :, num_prefix:], leaving)
+        used = USAGE_DECAY * state.entries.usage + (1 - USAGE_DECAY) * usage[:, :, :num_prefix]
+        entries = Entries.cat(replace(state.entries, usage=used), entered)
+        num_sinks = min(settings.num_sink_tokens, row.window_start + length)
+        _, paired, quartered = row.slot_counts
+        stay, slot_counts, plan = consolidate(
+            Candidates(
+                entries, state.keys[:, :, :candidates_end], state.values[:, :, :candidates_end], state.queries, settings
+            ),
+            (candidates_end - num_sinks - paired - quartered, paired, quartered),
+            num_sinks,
+            self.compress,
+            pinned=_pinned(entries, state.rows),
+            plan=plan,
+            noise_seed=self.call.noise_seed,
+        )
+        rows = [replace(r, window_start=r.window_start + length, slot_counts=slot_counts) for r in state.rows]
+        num_kept = len(stay.entries)
+        start = rotary_start(num_kept, num_kept, settings)
+        window_keys = state.keys[:, :, candidates_end:]
+        rotated = (
+            rotate(stay.keys, *self.call.rotary.prefix(num_kept, settings)),
+            rotate(window_keys, *self.call.rotary.range(start, start + length)),
+        )
+        holes = None
+        if state.holes is not None:
+            holes = F.pad(state.holes[:, :, candidates_end:], (num_kept, length))
+
+        def with_room(*parts):
+            joined = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+            return F.pad(joined, (0, 0) * (joined.dim() - 3) + (0, length))
+
+        consolidated = replace(
+            state,
+            rows=rows,
+            entries=stay.entries,
+            keys=with_room(stay.keys, window_keys),
+            values=with_room(stay.values, state.values[:, :, candidates_end:]),
+            rotated=with_room(*rotated),
+            window_salience=with_room(state.window_salience[:, :, length:]),
+            window_ids=F.pad(state.window_ids[:, length:], (0, length)),
+            holes=holes,
+            key_bias=prefix_bias(stay.entries, row_pressure(rows[0], settings), num_sinks),
+        )
+        return consolidated, plan
+
+    def _leaving_entries(self, state: BankState, usage: torch.Tensor, leaving: slice) -> Entries:
+        """The segment that leaves the window, as raw entries."""
+        length, row = self.settings.segment_length, state.rows[0]
+        shape = usage.shape
+        salience = state.window_salience[:, :, :length]
+        positions = torch.arange(row.window_start, row.window_start + length, device=usage.device).expand(shape)
+        token_ids = state.window_ids[:, None, :length].expand(shape)
+        if state.holes is not None:
+            gone = state.holes[:, :, leaving] < 0
+            positions, token_ids = positions.masked_fill(gone, -1), token_ids.masked_fill(gone, -1)
+
+        def alone(source):
+            return F.pad(source[..., None], (0, MAX_SOURCES - 1), value=-1)
+
+        level = torch.zeros(shape, dtype=torch.int8, device=usage.device)
+        return Entries(level, salience, salience_bias(salience), usage, alone(positions), alone(token_ids))
+
+    def measure_usage(self, state: BankState) -> torch.Tensor:
+        """
+        Share of attention [R, G, N + S] that the entries before the window and its older segment received from the newer one:
+        mean over every 8th of its queries, and over the query heads of the group.
+        """
+        settings = self.settings
+        length, num_prefix = settings.segment_length, len(state.entries)
+        num_keys = num_prefix + 2 * length
+        if not any(settings.memory_slots):
+            return state.window_salience.new_zeros(*state.keys.shape[:2], num_prefix + length)
+        start = rotary_start(num_prefix + length, num_prefix, settings)
+        cos, sin = self.call.rotary.range(start, start + length)
+        queries = rotate(state.queries, cos[::QUERY_STRIDE], sin[::QUERY_STRIDE])
+        mask = self.call.causal_mask(length, num_keys)[::QUERY_STRIDE]
+        bias = additive_bias(*self._biases(state, state.complexity, num_keys), num_keys)
+        weights = attention_weights(queries, state.rotated[:, :, :num_keys], mask, bias, self.scaling)
+        return weights.mean(dim=(2, 3))[:, :, : num_prefix + length]
+
+    def _biases(self, state: BankState, complexity: torch.Tensor, num_keys: int):
+        """`key_bias`, `gates` and `level` for `attend`; all None where no entry carries a bias."""
+        if state.holes is None and not is_biased(state.rows, self.settings):
+            return None, None, None
+        gates = level = None
+        if self.uses_routing and any(row.slot_counts[1] or row.slot_counts[2] for row in state.rows):
+            gates, level = route_gates(complexity, self.settings), state.entries.level
+        return _with_holes(state.key_bias, gates, level, state.holes, num_keys)
+
+    # --------------------------------------------------------------------------------------------------------- in place
+
+    def append(self, state: BankState, tokens: Tokens) -> None:
+        """Write tokens into the window of rows that stand at the same position; there is room for them."""
+        row, count = state.rows[0], len(tokens)
+        first, in_window = state.length(), row.seen - row.window_start
+        start = rotary_start(first, state.num_prefix(), self.settings)
+        state.keys[:, :, first : first + count] = tokens.keys
+        state.values[:, :, first : first + count] = tokens.values
+        state.rotated[:, :, first : first + count] = rotate(tokens.keys, *self.call.rotary.range(start, start + count))
+        state.window_salience[:, :, in_window : in_window + count] = tokens.salience
+        state.window_ids[:, in_window : in_window + count] = tokens.token_ids
+        # Queries of the segment that the last token is in, at offsets 0, 8, 16, ...
+        segment_start = (row.seen + count - 1) // self.settings.segment_length * self.settings.segment_length
+        slot = -(-(max(row.seen, segment_start) - segment_start) // QUERY_STRIDE)
+        stored = slice(segment_start + slot * QUERY_STRIDE - row.seen, count, QUERY_STRIDE)
+        queries = tokens.queries[:, :, stored]
+        state.queries[:, :, slot : slot + queries.shape[2]] = queries
+        state.complexity[:, :, slot : slot + queries.shape[2]] = tokens.complexity[:, :, stored]
+        for row in state.rows:
+            row.seen += count
+
+    def read_in_place(self, tokens: Tokens, state: BankState):
+        """
+        Output [R, H, T, D], attention weights or None, and the state after each sequence's own end. `state` is used up.
+        """
+        outputs, weights, finished = [], [], Finished(self.counts)
+        start = 0
+        while start < len(tokens):
+            row = state.rows[0]
+            room = row.window_start + 2 * self.settings.segment_length - row.seen
+            if room == 0:
+                self.on_consolidation(state, list(range(len(state.rows))))
+                state, _ = self.begin_segment(state)
+                room = self.settings.segment_length
+            part = tokens.slice(start, min(start + room, len(tokens)))
+            self.append(state, part)
+            num_prefix, num_keys = state.num_prefix(), state.length()
+            first = rotary_start(num_keys - len(part), num_prefix, self.settings)
+            output, weight = self._attend(
+                rotate(part.queries, *self.call.rotary.range(first, first + len(part))),
+                state.rotated[:, :, :num_keys],
+                state.values[:, :, :num_keys],
+                self._biases(state, part.complexity, num_keys),
+                state.rows,
+            )
+            outputs.append(output)
+            weights.append(weight)
+            start += len(part)
+            finished.note(start, state)
+        return _joined(outputs), self._joined_weights(weights), finished.state()
+
+    def read_one_token(self, tokens: Tokens, state: BankState):
+        """Like `read_in_place` for one token per active row, of rows that may stand at different positions."""
+        active, length = self.call.active, self.settings.segment_length
+        due: dict[tuple, list[int]] = {}
+        for index, row in enumerate(state.rows):
+            if active[index] and row.seen - row.window_start == 2 * length:
+                due.setdefault(row.phase, []).append(index)
+        for indices in due.values():
+            part = state.select(indices) if len(indices) < len(state.rows) else state
+            self.on_consolidation(part, indices)
+            state = state.replaced(indices, self.begin_segment(part)[0])
+        if all(active) and state.is_uniform:
+            return self.read_in_place(tokens, state)
+        device = state.keys.device
+        lengths = [state.length(index) for index in range(len(state.rows))]
+        num_keys = min(max(lengths) + 1, state.keys.shape[2])
+        positions = [rotary_start(n, state.num_prefix(i), self.settings) for i, n in enumerate(lengths)]
+        cos, sin = (t[:, None, None] for t in self.call.rotary.at(torch.tensor(positions, device=device)))
+        is_active = torch.tensor(active, device=device)
+
+        def write(buffer, index, value):
+            """Write one entry per active row at its own `index`."""
+            dim = 1 if buffer.dim() == 2 else 2
+            index = torch.tensor(index, device=device).clamp(max=buffer.shape[dim] - 1)
+            index = index.view(-1, *(1,) * (buffer.dim() - 1)).expand_as(value)
+            keep = is_active.view(-1, *(1,) * (buffer.dim() - 1))
+            buffer.scatter_(dim, index, torch.where(keep, value.to(buffer.dtype), buffer.gather(dim, index)))
+
+        write(state.keys, lengths, tokens.keys)
+        write(state.values, lengths, tokens.values)
+        write(state.rotated, lengths, rotate(tokens.keys, cos, sin))
+        in_window = [row.seen - row.window_start for row in state.rows]
+        write(state.window_salience, in_window, tokens.salience)
+        write(state.window_ids, in_window, tokens.token_ids)
+        storing = [i for i, row in enumerate(state.rows) if active[i] and row.seen % length % QUERY_STRIDE == 0]
+        slots = [state.rows[i].seen % length // QUERY_STRIDE for i in storing]
+        if storing:
+            state.queries[storing, :, slots] = tokens.queries[storing, :, 0]
+            state.complexity[storing, :, slots] = tokens.complexity[storing, :, 0]
+        for index, row in enumerate(state.rows):
+            row.seen += active[index]
+        last = torch.tensor(lengths, device=device)[:, None]
+        hidden = torch.arange(num_keys, device=device) > last  # [R, L]
+        mask = torch.zeros_like(hidden, dtype=tokens.queries.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
+        output, weight = self._attend(
+            rotate(tokens.queries, cos, sin),
+            state.rotated[:, :, :num_keys],
+            state.values[:, :, :num_keys],
+            self._biases(state, tokens.complexity, num_keys),
+            state.rows,
+            mask=mask,
+        )
+        output = output.masked_fill(~is_active[:, None, None, None], 0)
+        return output, weight, state
+
+    def _attend(self, queries, keys, values, biases, rows, mask=None):
+        """Output [R, H, T, D], and weights if asked for, of rotated queries, the last T of the L entries of their rows."""
+        num_queries, num_keys = queries.shape[2], keys.shape[2]
+        if mask is None and num_queries > 1:
+            mask = self.call.causal_mask(num_queries, num_keys)
+        if self.call.eager or self.call.output_attentions:
+            bias = additive_bias(*biases, num_keys)
+            weights = attention_weights(queries, keys, mask, bias, self.scaling).to(values.dtype).flatten(1, 2)
+            shown = None
+            if self.call.output_attentions:
+                weights, shown = self._shown(weights, rows)
+            output = torch.matmul(weights.unflatten(1, (keys.shape[1], -1)), values[:, :, None])
+            return output.flatten(1, 2), shown
+        is_causal = num_queries == num_keys and biases[0] is None
+        return attend(queries, keys, values, None if is_causal else mask, self.scaling, *biases, is_causal), None
+
+    def _shown(self, weights: torch.Tensor, rows: list[RowState]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Weights [R, H, T, L] to compute with, and as the caller sees them: over the columns of the batch while nothing has been
+        dropped and those are known, over `[sinks | slots | window]` after that. The former derive from the latter.
+        """
+        columns, num_keys = self.call.key_columns, weights.shape[-1]
+        settings = self.settings
+        lossless = all(row.num_prefix(settings.num_sink_tokens) == row.window_start for row in rows)
+        if columns is None or not lossless or num_keys > columns.shape[1]:
+            return weights, weights
+        index = columns[self.sequences.rows, :num_keys][:, None, None].expand_as(weights)
+        shown = weights.new_zeros(*weights.shape[:-1], self.call.num_columns + 1).scatter(-1, index, weights)
+        shown = shown[..., : self.call.num_columns]
+        return F.pad(shown, (0, 1)).gather(-1, index), shown
+
+    @staticmethod
+    def _joined_weights(weights: list[torch.Tensor | None]) -> torch.Tensor | None:
+        """Weights of consecutive stretches as [R, H, T, L], those that saw fewer entries padded with zeros."""
+        if weights[0] is None:
+            return None
+        widest = max(weight.shape[-1] for weight in weights)
+        return _joined([F.pad(weight, (0, widest - weight.shape[-1])) for weight in weights])
+
+    # --------------------------------------------------------------------------------------------------- with gradients
+
+    def read_with_gradient(self, tokens: Tokens, state: BankState):
+        """Like `read_in_place`, differentiable, and `state` is left as it was."""
+        segments, finished, plan = self._plan(tokens.map(torch.Tensor.detach), state)
+        pool = self._pool(tokens, state, plan)
+        num_raw = pool.keys.shape[2] - sum(pairs.shape[2] for level in plan.pairs for pairs in level)
+        num_level1 = sum(pairs.shape[2] for pairs in plan.pairs[0])
+        outputs, weights = [], []
+        for segment in segments:
+            segment.source = _resolved(segment.source, num_raw, num_level1)
+            output, weight = self._read_planned(segment, tokens, state, pool)
+            outputs.append(output)
+            weights.append(weight)
+        after = None
+        if self.call.keeps_state:
+            for index, (indices, part, source) in enumerate(finished.parts):
+                source = _resolved(source, num_raw, num_level1)
+                after_part = self._differentiable(part, source, indices, tokens, state, pool)
+                finished.parts[index] = (indices, after_part, None)
+            after = finished.state()
+        return _joined(outputs), self._joined_weights(weights), after
+
+    @torch.no_grad()
+    def _plan(self, tokens: Tokens, state: BankState) -> tuple[list[PlannedSegment], "Finished", Plan]:
+        """Walk the segments on detached values; record what each sees and which pairs merge."""
+        length, num_prefix, first_position = self.settings.segment_length, len(state.entries), state.rows[0].window_start
+        device, shape = state.keys.device, state.entries.level.shape
+        state = state.map(lambda tensor: tensor.detach().clone())
+        plan = Plan(torch.arange(num_prefix, device=device).expand(shape), ([], []))
+        segments, finished, start = [], Finished(self.counts), 0
+        while start < len(tokens):
+            row = state.rows[0]
+            room = row.window_start + 2 * length - row.seen
+            if room == 0:
+                left = num_prefix + row.window_start - first_position
+                leaving = torch.arange(left, left + length, device=device).expand(*shape[:2], length)
+                plan = Plan(torch.cat((plan.source, leaving), dim=2), plan.pairs)
+                self.on_consolidation(state, list(range(len(state.rows))))
+                state, plan = self.begin_segment(state, plan)
+                room = length
+            stop = min(start + room, len(tokens))
+            self.append(state, tokens.slice(start, stop))
+            holes = None if state.holes is None else state.holes[:, :, : state.length()].clone()
+            segments.append(PlannedSegment(start, stop, replace(state.rows[0]), plan.source, state.entries, holes))
+            start = stop
+            finished.note(start, state, plan.source)
+        return segments, finished, plan
+
+    def _pool(self, tokens: Tokens, state: BankState, plan: Plan) -> Pool:
+        held = state.length()
+        in_window = held - len(state.entries)
+        bias = torch.cat(
+            (
+                state.entries.salience_bias,
+                salience_bias(torch.cat((state.window_salience[:, :, :in_window], tokens.salience), dim=2)),
+            ),
+            dim=2,
+        )
+        mass = F.pad(state.entries.mass, (0, in_window + len(tokens)), value=1)
+        keys = torch.cat((state.keys[:, :, :held], tokens.keys), dim=2)
+        values = torch.cat((state.values[:, :, :held], tokens.values), dim=2)
+        pool = Pool(keys, values, bias, mass)
+        num_raw, num_level1 = keys.shape[2], sum(pairs.shape[2] for pairs in plan.pairs[0])
+        for pairs in plan.pairs:
+            if pairs:
+                pool = pool.extended(_resolved(torch.cat(pairs, dim=2), num_raw, num_level1), self.compress)
+        return pool
+
+    def _read_planned(self, segment: PlannedSegment, tokens: Tokens, state: BankState, pool: Pool):
+        row, settings, rotary = segment.row, self.settings, self.call.rotary
+        num_prefix, count = segment.source.shape[2], segment.stop - segment.start
+        first = len(state.entries) + row.window_start - state.rows[0].window_start
+        last = state.length() + segment.stop
+        num_keys = num_prefix + last - first
+        biased = segment.holes is not None or is_biased([row], settings)
+        num_sinks = num_prefix - row.num_slots
+
+        def read(queries, complexity, pool_keys, pool_values, pool_bias):
+            start = rotary_start(num_prefix, num_prefix, settings)
+            window = rotate(pool_keys[:, :, first:last], *rotary.range(start, start + last - first))
+            slots = rotate(take_entries(pool_keys, segment.source), *rotary.prefix(num_prefix, settings))
+            keys = torch.cat((slots, window), dim=2)
+            values = torch.cat((take_entries(pool_values, segment.source), pool_values[:, :, first:last]), dim=2)
+            biases = (None, None, None)
+            if biased:
+                entries = replace(segment.entries, salience_bias=take_entries(pool_bias, segment.source))
+                key_bias, gates, level = prefix_bias(entries, row_pressure(row, settings), num_sinks), None, None
+                if self.uses_routing and (row.slot_counts[1] or row.slot_counts[2]):
+                    gates, level = route_gates(complexity, settings), entries.level
+                biases = _with_holes(key_bias, gates, level, segment.holes, num_keys)
+            start = rotary_start(num_keys - count, num_prefix, settings)
+            return self._attend(rotate(queries, *rotary.range(start, start + count)), keys, values, biases, [row])
+
+        part = tokens.slice(segment.start, segment.stop)
+        inputs = (part.queries, part.complexity, pool.keys, pool.values, pool.bias)
+        if num_prefix == 0:
+            return read(*inputs)
+        return checkpoint(read, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def _differentiable(self, part: BankState, source, indices, tokens: Tokens, state: BankState, pool: Pool) -> BankState:
+        """The planned state `part` of the sequences at `indices`, with gradients in what it holds."""
+
+        def rows_of(tensor):
+            return tensor if len(indices) == len(self.counts) else tensor[indices]
+
+        num_prefix, row = source.shape[2], part.rows[0]
+        in_window = max(row.seen for row in part.rows) - row.window_start
+        first = len(state.entries) + row.window_start - state.rows[0].window_start
+        spare = 2 * self.settings.segment_length - in_window
+        before = take_entries(rows_of(pool.keys), source), take_entries(rows_of(pool.values), source)
+        window = rows_of(pool.keys)[:, :, first : first + in_window], rows_of(pool.values)[:, :, first : first + in_window]
+        keys, values = (F.pad(torch.cat(both, dim=2), (0, 0, 0, spare)) for both in zip(before, window, strict=True))
+        salience = torch.cat((state.window_salience[:, :, : state.length() - len(state.entries)], tokens.salience), dim=2)
+        offset = row.window_start - state.rows[0].window_start
+        salience = F.pad(rows_of(salience)[:, :, offset : offset + in_window], (0, spare))
+        entries = replace(part.entries, salience_bias=take_entries(rows_of(pool.bias), source))
+        assert entries.level.shape[2] == num_prefix
+        after = replace(part, keys=keys, values=values, window_salience=salience, entries=entries)
+        return after if len(set(self.counts)) == 1 else after.cleared()
+
+
+class Finished:
+    """States of sequences, each taken where the sequence ends."""
+
+    def __init__(self, counts: list[int]):
+        self.counts = counts
+        self.parts: list[tuple[list[int], BankState, torch.Tensor | None]] = []
+
+    def note(self, num_read: int, state: BankState, source: torch.Tensor | None = None) -> None:
+        """Take the states of the sequences that end within the stretch just read, after `num_read` tokens."""
+        done = {index for indices, _, _ in self.parts for index in indices}
+        ends = [i for i, count in enumerate(self.counts) if count <= num_read and i not in done]
+        if not ends:
+            return
+        if len(ends) == len(self.counts) and all(self.counts[i] == num_read for i in ends):
+            self.parts.append((ends, state, source))
+            return
+        part = state.select(ends)
+        for row, index in zip(part.rows, ends, strict=True):
+            row.seen -= num_read - self.counts[index]
+        self.parts.append((ends, part.cleared(), None if source is None else source[ends]))
+
+    def state(self) -> BankState:
+        """All sequences in their order."""
+        if len(self.parts) == 1:
+            return self.parts[0][1]
+        order = [index for indices, _, _ in self.parts for index in indices]
+        together = BankState.stack([part for _, part, _ in self.parts])
+        return together.select([order.index(i) for i in range(len(order))])
+
+
+def _resolved(source: torch.Tensor, num_raw: int, num_level1: int) -> torch.Tensor:
+    """Pool indices of a plan, now that the number of raw entries and of level-1 pairs is known."""
+    source = torch.where(source >= Plan.LEVEL2, source - Plan.LEVEL2 + num_raw + num_level1, source)
+    return torch.where(source >= Plan.LEVEL1, source - Plan.LEVEL1 + num_raw, source)
+
+
+def _with_holes(key_bias, gates, level, holes, num_keys):
+    """Biases of the entries before the window, extended over it where some of its entries were forgotten."""
+    if holes is None:
+        return key_bias, gates, level
+    rest = num_keys - key_bias.shape[2]
+    key_bias = (F.pad(key_bias, (0, rest)) + holes[:, :, :num_keys]).clamp(min=MASKED)
+    return key_bias, gates, None if level is None else F.pad(level, (0, rest))
+
+
+def _pinned(entries: Entries, rows: list[RowState]) -> torch.Tensor | None:
+    """Entries [R, G, M] that a pinned span holds, None where there is none."""
+    if not any(row.pinned for row in rows):
+        return None
+    pinned = torch.zeros_like(entries.level, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        for start, end in row.pinned:
+            pinned[index] |= ((entries.positions[index] >= start) & (entries.positions[index] < end)).any(-1)
+    return pinned
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -1,0 +1,213 @@
+"""Configuration of BWR-DNC models."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+LAYER_TYPES = ("state_bank_attention", "sink_window_attention")
+MEMORY_POSITIONS = ("rank", "constant")
+RETENTION_SCORES = (
+    "salience",
+    "attention",
+    "expected_attention",
+    "key_norm",
+    "key_difference",
+    "recency",
+    "random",
+)
+
+
+@strict
+class BwrDncConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`BwrDncForCausalLM`]: a Llama-style decoder whose layers read an exact local window and a bounded
+    bank of memory slots.
+
+    The usual fields mean what they mean in `LlamaConfig`. The following are specific to BWR-DNC. `segment_length`,
+    `num_sink_tokens` and `memory_slots` are run-time settings, independent of the weights.
+
+    Args:
+        attention_bias, attention_output_bias (`bool`, defaults to `False`):
+            Biases of the query, key and value projections, and of the output projection.
+        use_qk_norm (`bool`, defaults to `False`):
+            RMS normalisation of queries and keys per head, before RoPE (as in Qwen3).
+        hidden_dropout (`float`, defaults to 0.0):
+            Dropout on the residual branches, a probability. Attention probabilities are never dropped.
+        layer_types (`list[str]`, *optional*):
+            Per layer, `"state_bank_attention"` (sinks, memory slots and window; the default everywhere) or
+            `"sink_window_attention"` (sinks and window only).
+        segment_length (`int`, *optional*, defaults to 256, or less to fit `max_position_embeddings`):
+            Tokens per segment. A query sees its own segment and the one before exactly.
+        num_sink_tokens (`int`, defaults to 4):
+            The first tokens of a sequence, which never leave.
+        memory_slots (`list[int]`, *optional*, defaults to `[512, 256, 128]`, or less to fit `max_position_embeddings`):
+            Slots of the raw, the 2x and the 4x compressed level, per layer and key/value head.
+        memory_position (`str`, defaults to `"rank"`):
+            RoPE position of a slot: its rank in time (`"rank"`), or one position just before the window (`"constant"`).
+        routing_thresholds (`list[float]`, defaults to `[0.5, 0.8]`):
+            Complexity, in (0, 1), from which a query is meant to read levels 1 and 2.
+        usage_weight (`float`, defaults to 1.0):
+            Weight of the measured usage (in [0, 1]) beside the learned salience when slots are retained.
+        retention_score (`str`, defaults to `"salience"`):
+            What decides which entries stay: `"salience"` (learned salience + usage), or a training-free score:
+            `"attention"`, `"expected_attention"`, `"key_norm"`, `"key_difference"`, `"recency"`, `"random"`.
+        short_conv_kernel (`int`, defaults to 0):
+            Taps of a depthwise causal convolution before the query, key and value projections; 0 means none.
+        use_memory (`bool`, defaults to `True`):
+            `False` reads sinks and window only, in every layer.
+        use_salience, use_routing, use_hard_routing, use_learned_compressor (`bool`):
+            Switches of the learned parts, for ablations. Hard routing masks levels below their threshold.
+    """
+
+    model_type = "bwr_dnc"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "d_model": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "max_seq_len": "max_position_embeddings",
+    }
+
+    vocab_size: int = 50000
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    use_qk_norm: bool = False
+    hidden_dropout: int | float = 0.0
+    layer_types: list[str] | None = None
+    segment_length: int | None = None
+    num_sink_tokens: int = 4
+    memory_slots: list[int] | tuple[int, ...] | None = None
+    memory_position: str = "rank"
+    routing_thresholds: list[float] | tuple[float, ...] = (0.5, 0.8)
+    usage_weight: int | float = 1.0
+    retention_score: str = "salience"
+    short_conv_kernel: int = 0
+    use_memory: bool = True
+    use_salience: bool = True
+    use_routing: bool = True
+    use_hard_routing: bool = False
+    use_learned_compressor: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.layer_types is None:
+            self.layer_types = ["state_bank_attention"] * self.num_hidden_layers
+        # Settings left open fit the trained positions: 256 and [512, 256, 128] from 2,048 positions on.
+        if self.segment_length is None:
+            self.segment_length = max(1, min(256, self.max_position_embeddings // 8))
+        if self.memory_slots is None:
+            room = self.max_position_embeddings - self.num_sink_tokens - 2 * self.segment_length
+            unit = max(0, min(128, room // 7))
+            self.memory_slots = [4 * unit, 2 * unit, unit]
+        self.memory_slots = list(self.memory_slots)
+        self.routing_thresholds = list(self.routing_thresholds)
+        super().__post_init__(**kwargs)
+        # `@strict` runs these again, but wraps what they raise into an error that is no `ValueError`.
+        self.validate_architecture()
+        self.validate_layer_type()
+
+    @property
+    def lossless_length(self) -> int:
+        """Tokens up to which the model equals full attention: no layer has lost or compressed anything yet."""
+        all_banks = self.use_memory and all(kind == "state_bank_attention" for kind in self.layer_types)
+        held = self.num_sink_tokens + (self.memory_slots[0] if all_banks else 0)
+        return held // self.segment_length * self.segment_length + 2 * self.segment_length
+
+    def validate_architecture(self):
+        """Rules between fields. Raises `ValueError` with the value, the rule and the remedy."""
+        require = _require
+        require(self.num_attention_heads >= 1, "num_attention_heads", self.num_attention_heads, "be at least 1")
+        require(
+            self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+            f"divide num_attention_heads ({self.num_attention_heads})",
+        )
+        require(
+            self.head_dim >= 2 and self.head_dim % 2 == 0,
+            "head_dim",
+            self.head_dim,
+            "be even and positive, since RoPE rotates pairs; set `head_dim`, or change `hidden_size`",
+        )
+        require(self.segment_length >= 1, "segment_length", self.segment_length, "be at least 1")
+        require(self.num_sink_tokens >= 0, "num_sink_tokens", self.num_sink_tokens, "be at least 0")
+        require(
+            len(self.memory_slots) == 3 and all(slots >= 0 for slots in self.memory_slots),
+            "memory_slots",
+            self.memory_slots,
+            "be three counts of at least 0, for the raw, the 2x and the 4x compressed level",
+        )
+        require(
+            self.memory_slots[0] > 0 or not any(self.memory_slots),
+            "memory_slots",
+            self.memory_slots,
+            "have raw slots when there are compressed ones, since entries enter through level 0",
+        )
+        require(
+            self.memory_position in MEMORY_POSITIONS,
+            "memory_position",
+            self.memory_position,
+            f"be one of {MEMORY_POSITIONS}",
+        )
+        require(
+            len(self.routing_thresholds) == 2 and all(0 < tau < 1 for tau in self.routing_thresholds),
+            "routing_thresholds",
+            self.routing_thresholds,
+            "be two numbers strictly between 0 and 1, for levels 1 and 2",
+        )
+        require(
+            self.retention_score in RETENTION_SCORES,
+            "retention_score",
+            self.retention_score,
+            f"be one of {RETENTION_SCORES}",
+        )
+        require(self.short_conv_kernel >= 0, "short_conv_kernel", self.short_conv_kernel, "be at least 0 (0 means none)")
+        require(0 <= self.hidden_dropout < 1, "hidden_dropout", self.hidden_dropout, "be a probability below 1")
+        slots = sum(self.memory_slots) if self.memory_position == "rank" else min(sum(self.memory_slots), 1)
+        positions = self.num_sink_tokens + slots + 2 * self.segment_length
+        require(
+            positions <= self.max_position_embeddings,
+            "num_sink_tokens + memory slots + 2 * segment_length",
+            positions,
+            f"not exceed the trained positions, max_position_embeddings ({self.max_position_embeddings}); "
+            "use fewer slots or a shorter segment",
+        )
+
+    def validate_layer_type(self):
+        """Layer types are our own; the library's list does not know them."""
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        _require(not unknown, "layer_types", unknown, f"be one of {LAYER_TYPES}")
+        _require(
+            len(self.layer_types) == self.num_hidden_layers,
+            "layer_types",
+            f"{len(self.layer_types)} entries",
+            f"have one entry per layer ({self.num_hidden_layers})",
+        )
+
+
+def _require(holds: bool, name: str, value, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"`{name}` is {value!r}, but must {rule}.")
+
+
+__all__ = ["BwrDncConfig"]

@@ -1,0 +1,527 @@
+"""
+The arithmetic of the StateBank: pure functions over tensors, no module and no batch remembered.
+
+All entries of a row and key/value head form one array in order of time, which is also the order of RoPE ranks:
+
+    [ sinks | slots of levels 0, 1, 2 | segment t-1 | segment t ]
+      <------- prefix: N entries ----> <------ window --------->
+
+Consolidation never reorders: it drops entries and rewrites some in place (a merged pair sits where its newer part sat).
+How many entries each level holds depends on the position alone, so every shape here is known on the host.
+
+Shapes: `B` rows, `T` tokens of this call, `H` query heads, `G` key/value heads, `R` = H / G, `D` head width, `N` entries
+before the window, `L` entries visible, `S` segment length, `Q` stored queries of a segment.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+
+# Source positions that a slot can hold: two merges of two.
+MAX_SOURCES = 4
+# Every 8th query of a segment is kept to measure usage.
+QUERY_STRIDE = 8
+USAGE_DECAY = 0.9
+SALIENCE_SHIFT = 3.0
+COMPLEXITY_SHIFT = 4.0
+# Weighs nothing after softmax, in every floating point type, without the NaNs of -inf.
+MASKED = -1e4
+
+
+@dataclass(frozen=True)
+class BankSettings:
+    """Run-time settings of one layer; see `BwrDncConfig` for their meaning."""
+
+    segment_length: int
+    num_sink_tokens: int
+    memory_slots: tuple[int, int, int]
+    memory_position: str = "rank"
+    routing_thresholds: tuple[float, float] = (0.5, 0.8)
+    use_hard_routing: bool = False
+    usage_weight: float = 1.0
+    retention_score: str = "salience"
+    layer_idx: int = 0
+
+    @property
+    def num_stored_queries(self) -> int:
+        return -(-self.segment_length // QUERY_STRIDE)
+
+
+@dataclass
+class Entries:
+    """
+    What is known of the `N` entries before the window, beside their keys and values.
+
+    An entry without a source position is a hole: it was forgotten, weighs nothing, and is the first to be displaced.
+    """
+
+    level: torch.Tensor  # [B, G, N] int8: 0 raw, 1 and 2 compressed; sinks are raw
+    salience: torch.Tensor  # [B, G, N] float: largest salience logit of the parts
+    salience_bias: torch.Tensor  # [B, G, N] float: log-mean-exp, weighted by mass, of the parts' biases
+    usage: torch.Tensor  # [B, G, N] float: decayed share of attention received
+    positions: torch.Tensor  # [B, G, N, MAX_SOURCES] int64: source positions, -1 where unused
+    token_ids: torch.Tensor  # [B, G, N, MAX_SOURCES] int64: their token ids, -1 where unknown
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """Number of source tokens, [B, G, N]."""
+        return (self.positions >= 0).sum(-1)
+
+    @property
+    def time(self) -> torch.Tensor:
+        """Position of the latest source token, -1 for a hole, [B, G, N]."""
+        return self.positions.amax(-1)
+
+    def __len__(self) -> int:
+        return self.level.shape[2]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Entries":
+        return Entries(*(function(getattr(self, field.name)) for field in fields(self)))
+
+    def take(self, index: torch.Tensor) -> "Entries":
+        """Entries at `index` [B, G, K] along the entry dimension."""
+        return self.map(lambda tensor: take_entries(tensor, index))
+
+    def put(self, index: torch.Tensor, where: torch.Tensor, others: "Entries") -> "Entries":
+        """Copy in which `others` stand at `index` [B, G, K], `where` [B, G, K] allows it."""
+        columns = {}
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(others, field.name)
+            chosen = torch.where(where if theirs.dim() == 3 else where[..., None], theirs, take_entries(mine, index))
+            columns[field.name] = put_entries(mine, index, chosen)
+        return Entries(**columns)
+
+    @staticmethod
+    def cat(first: "Entries", second: "Entries") -> "Entries":
+        pairs = ((getattr(first, field.name), getattr(second, field.name)) for field in fields(Entries))
+        return Entries(*(torch.cat(pair, dim=2) for pair in pairs))
+
+    @staticmethod
+    def empty(batch_size: int, num_heads: int, device: torch.device, dtype: torch.dtype) -> "Entries":
+        shape = (batch_size, num_heads, 0)
+        number = torch.zeros(shape, device=device, dtype=dtype)
+        source = torch.zeros((*shape, MAX_SOURCES), device=device, dtype=torch.int64)
+        return Entries(number.to(torch.int8), number, number, number, source, source)
+
+
+def take_entries(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Gather along dimension 2 of [B, G, N, ...] by an index [B, G, K]."""
+    if tensor.dim() == 3:
+        return tensor.gather(2, index)
+    return tensor.gather(2, index[..., None].expand(*index.shape, tensor.shape[-1]))
+
+
+def put_entries(tensor: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Copy of [B, G, N, ...] with `values` [B, G, K, ...] written at `index` [B, G, K]."""
+    if tensor.dim() == 4:
+        index = index[..., None].expand_as(values)
+    return tensor.scatter(2, index, values.to(tensor.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Biases
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def salience_bias(salience: torch.Tensor) -> torch.Tensor:
+    """Logit bias of a raw entry: 0 at the start, at most 0.05 above, unboundedly negative for noise."""
+    return F.logsigmoid(salience + SALIENCE_SHIFT) - math.log(1 / (1 + math.exp(-SALIENCE_SHIFT)))
+
+
+def merge_salience_bias(older_bias, older_mass, newer_bias, newer_mass) -> torch.Tensor:
+    """Carried bias of a merged pair: its log-mean-exp weighted by mass, so that log(mass) + bias adds up."""
+
+    def log(mass):
+        return mass.clamp(min=1).to(newer_bias.dtype).log()
+
+    both = torch.logaddexp(older_bias + log(older_mass), newer_bias + log(newer_mass))
+    return both - log(older_mass + newer_mass)
+
+
+def route_gates(complexity: torch.Tensor, settings: BankSettings) -> torch.Tensor:
+    """
+    Logit biases that a query gives to levels 1 and 2, from its complexity (a logit, 4 at the start).
+
+    Soft: logsigmoid(z - logit(tau)) less its value at the start, hence exactly 0 there. Hard: levels whose threshold is
+    above sigmoid(z) are masked. Returns [..., 2].
+    """
+    thresholds = [math.log(tau / (1 - tau)) for tau in settings.routing_thresholds]
+    if settings.use_hard_routing:
+        gates = [torch.where(complexity >= logit, 0.0, MASKED).to(complexity.dtype) for logit in thresholds]
+    else:
+        gates = [
+            F.logsigmoid(complexity - logit) + math.log1p(math.exp(logit - COMPLEXITY_SHIFT)) for logit in thresholds
+        ]
+    return torch.stack(gates, dim=-1)
+
+
+def pressure(raw_slots: int, window_start: int, settings: BankSettings) -> float:
+    """1 - raw slots held / tokens before the window (sinks aside), `window_start` of them; 0 until the first demotion."""
+    outside = window_start - settings.num_sink_tokens
+    return 1.0 - raw_slots / outside if outside > 0 else 0.0
+
+
+def prefix_bias(entries: Entries, pressure_value: float, num_sinks: int) -> torch.Tensor:
+    """Logit bias of the entries before the window, routing aside: log(mass) + pressure * salience_bias, [B, G, N]."""
+    mass = entries.mass
+    bias = mass.clamp(min=1).to(entries.salience_bias.dtype).log() + pressure_value * entries.salience_bias
+    is_sink = torch.arange(len(entries), device=mass.device) < num_sinks
+    return bias.masked_fill(is_sink, 0.0).masked_fill(mass == 0, MASKED).clamp(min=MASKED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rotary_start(index: int, num_prefix: int, settings: BankSettings) -> int:
+    """RoPE position of the window entry (or query) at array index `index`."""
+    if settings.memory_position == "rank" or num_prefix <= settings.num_sink_tokens:
+        return index
+    return index - num_prefix + settings.num_sink_tokens + 1
+
+
+def prefix_positions(num_prefix: int, settings: BankSettings, device: torch.device) -> torch.Tensor:
+    """RoPE positions of the entries before the window, [N]."""
+    ranks = torch.arange(num_prefix, device=device)
+    return ranks if settings.memory_position == "rank" else ranks.clamp(max=settings.num_sink_tokens)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al., 2021) in the half-split layout of Llama; cos and sin end in [..., D]."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask [T, L] of queries that are the last `T` of the `L` entries."""
+    mask = torch.full((num_queries, num_keys), float("-inf"), device=device, dtype=dtype)
+    return mask.triu(num_keys - num_queries + 1)
+
+
+def level_onehot(level: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Indicators of levels 1 and 2, [B, G, N, 2]."""
+    return torch.stack((level == 1, level == 2), dim=-1).to(dtype)
+
+
+def additive_bias(
+    key_bias: torch.Tensor | None, gates: torch.Tensor | None, level: torch.Tensor | None, num_keys: int
+) -> torch.Tensor | None:
+    """
+    Biases of slots as one additive term [B, G, R or 1, T or 1, L].
+
+    Args: `key_bias` [B, G, N], `gates` [B, H, T, 2], `level` [B, G, N], with N <= L entries that carry a bias.
+    """
+    if key_bias is None:
+        return None
+    bias = key_bias[:, :, None, None]  # [B, G, 1, 1, N]
+    if gates is not None:
+        batch_size, num_groups, num_prefix = level.shape
+        gates = gates.unflatten(1, (num_groups, -1))  # [B, G, R, T, 2]
+        onehot = level_onehot(level, gates.dtype)[:, :, None].transpose(-1, -2)  # [B, G, 1, 2, N]
+        bias = bias + torch.matmul(gates, onehot)
+    return F.pad(bias, (0, num_keys - bias.shape[-1]))
+
+
+def attention_weights(
+    queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """
+    Softmax weights [B, G, R, T, L], in float32 at least, of rotated queries [B, H, T, D] over rotated keys [B, G, L, D];
+    `mask` broadcasts to [B, 1, T, L], `bias` comes from `additive_bias`.
+    """
+    grouped = queries.unflatten(1, (keys.shape[1], -1))  # [B, G, R, T, D]
+    logits = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)) * scaling
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        logits = logits + bias
+    if mask is not None:
+        logits = logits + (mask if mask.dim() == 2 else mask[:, :, None])
+    return logits.softmax(dim=-1)
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    key_bias: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+    level: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """
+    One fused attention call over everything visible.
+
+    Query heads of a group are folded into the query dimension, so keys and values are never copied. With many queries the
+    biases of slots are folded into the dot product by widening the head (q' = [q, gates, 1], k' = [k, onehot, bias]): a mask
+    that differs by head and query, or needs a gradient, would leave the fused kernels. With few, an additive mask is less.
+
+    Args:
+        queries [B, H, T, D], keys and values [B, G, L, D]: rotated queries and keys.
+        mask: additive, [T, L] or [B, 1, T, L], or None when every query sees every key.
+        key_bias, gates, level: see `additive_bias`.
+        is_causal: T equals L and the mask is the plain causal one (then `mask` is None and there are no biases).
+
+    Returns: [B, H, T, D].
+    """
+    batch_size, num_heads, num_queries, width = queries.shape
+    num_groups, num_keys = keys.shape[1:3]
+    repeats = num_heads // num_groups
+    if is_causal:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=num_queries > 1, scale=scaling, enable_gqa=repeats > 1
+        )
+    if key_bias is not None and (num_queries >= QUERY_STRIDE or queries.requires_grad or key_bias.requires_grad):
+        queries, keys, values = widen(queries, keys, values, key_bias, gates, level, scaling)
+        key_bias = None
+    folded = queries.reshape(batch_size, num_groups, repeats * num_queries, -1)
+    bias = additive_bias(key_bias, gates, level, num_keys)
+    if bias is not None:
+        bias = bias.to(folded.dtype).expand(-1, -1, repeats, num_queries, -1)
+        if mask is not None:
+            bias = bias + (mask if mask.dim() == 2 else mask[:, :, None])
+        mask = bias.reshape(batch_size, num_groups, repeats * num_queries, num_keys)
+    elif mask is not None:
+        mask = mask.repeat(*(1,) * (mask.dim() - 2), repeats, 1)
+    output = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scaling)
+    return output[..., :width].reshape(batch_size, num_heads, num_queries, width)
+
+
+def widen(queries, keys, values, key_bias, gates, level, scaling):
+    """Fold the biases of slots into wider heads; widths stay a multiple of 8, as fused kernels ask."""
+    extra = 3 if gates is not None else 1
+    padding = -(queries.shape[-1] + extra) % 8
+    num_rest = keys.shape[2] - key_bias.shape[2]
+    one = queries.new_full((*queries.shape[:-1], 1), 1.0 / scaling)
+    query_parts, key_parts = [queries, one], [key_bias[..., None].to(keys.dtype)]
+    if gates is not None:
+        query_parts.append(gates.to(queries.dtype) / scaling)
+        key_parts.append(level_onehot(level, keys.dtype))
+    key_extra = F.pad(torch.cat(key_parts, dim=-1), (0, padding, 0, num_rest))
+    return (
+        F.pad(torch.cat(query_parts, dim=-1), (0, padding)),
+        torch.cat((keys, key_extra), dim=-1),
+        F.pad(values, (0, extra + padding)),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Retention: what stays
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Candidates:
+    """Everything a retention score may look at: M entries that compete for slots (sinks included, but never demoted)."""
+
+    entries: Entries
+    keys: torch.Tensor  # [B, G, M, D], before RoPE
+    values: torch.Tensor  # [B, G, M, D]
+    queries: torch.Tensor  # [B, H, Q, D], before RoPE: every 8th of the last full segment
+    settings: BankSettings
+
+
+def hashed_uniform(positions: torch.Tensor, seed: int) -> torch.Tensor:
+    """Numbers in (0, 1) from a hash of (seed, key/value head, position): equal on every device, process and recomputation."""
+    mask = 0xFFFFFFFF
+    heads = torch.arange(positions.shape[1], device=positions.device)[None, :, None]
+    state = (positions * 0x9E3779B1 + heads * 0x85EBCA77 + (seed * 0xC2B2AE3D & mask)) & mask
+    for multiplier, shift in ((0x7FEB352D, 16), (0x2C1B3C6D, 15), (0x297A2D39, 16)):
+        state = state ^ (state >> shift)
+        state = (state * multiplier) & mask
+    return ((state ^ (state >> 16)).to(torch.float64) + 0.5) / 2**32
+
+
+def _score_salience(candidates: Candidates) -> torch.Tensor:
+    entries = candidates.entries
+    return entries.salience + candidates.settings.usage_weight * entries.usage
+
+
+def _score_attention(candidates: Candidates) -> torch.Tensor:
+    return candidates.entries.usage
+
+
+def _score_expected_attention(candidates: Candidates) -> torch.Tensor:
+    """Log of the expected exponential under a Gaussian fit of the recent queries (Devoto et al., 2025), before RoPE."""
+    keys, queries = candidates.keys, candidates.queries
+    dtype = candidates.entries.usage.dtype
+    grouped = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3).to(dtype)  # [B, G, R*Q, D]
+    mean = grouped.mean(2, keepdim=True)
+    projected = torch.matmul(keys.to(dtype), (grouped - mean).transpose(-1, -2))  # [B, G, M, R*Q]
+    scaling = keys.shape[-1] ** -0.5
+    expected = torch.matmul(keys.to(dtype), mean.transpose(-1, -2)).squeeze(-1) * scaling
+    return expected + 0.5 * scaling**2 * projected.square().mean(-1) + candidates.values.to(dtype).norm(dim=-1).log()
+
+
+def _score_key_norm(candidates: Candidates) -> torch.Tensor:
+    """Keys of small norm receive much attention (Devoto et al., 2024)."""
+    return -candidates.keys.to(candidates.entries.usage.dtype).norm(dim=-1)
+
+
+def _score_key_difference(candidates: Candidates) -> torch.Tensor:
+    """1 - cosine to the mean key (Park et al., 2025)."""
+    keys = F.normalize(candidates.keys.to(candidates.entries.usage.dtype), dim=-1)
+    return 1.0 - (keys * F.normalize(keys.mean(2, keepdim=True), dim=-1)).sum(-1)
+
+
+def _score_recency(candidates: Candidates) -> torch.Tensor:
+    return candidates.entries.time.to(candidates.entries.usage.dtype)
+
+
+def _score_random(candidates: Candidates) -> torch.Tensor:
+    entries = candidates.entries
+    return hashed_uniform(entries.time.clamp(min=0), candidates.settings.layer_idx + 1).to(entries.usage.dtype)
+
+
+# Plug-in point: `config.retention_score` names one of these, [B, G, M] from `Candidates`, larger is kept longer.
+RETENTION_SCORES: dict[str, Callable[[Candidates], torch.Tensor]] = {
+    "salience": _score_salience,
+    "attention": _score_attention,
+    "expected_attention": _score_expected_attention,
+    "key_norm": _score_key_norm,
+    "key_difference": _score_key_difference,
+    "recency": _score_recency,
+    "random": _score_random,
+}
+
+
+def retention_scores(candidates: Candidates, noise_seed: int | None = None) -> torch.Tensor:
+    """
+    Retention of every candidate, [B, G, M]; holes come last.
+
+    With a `noise_seed`, Gumbel noise is added to the cut, a hash of (seed, layer, head, position): in training, entries near
+    the threshold are then tried on both sides of it.
+    """
+    entries = candidates.entries
+    retention = RETENTION_SCORES[candidates.settings.retention_score](candidates)
+    if noise_seed is not None:
+        uniform = hashed_uniform(entries.time.clamp(min=0), noise_seed * 1009 + candidates.settings.layer_idx)
+        retention = retention - (-uniform.log()).log().to(retention.dtype)
+    return retention.masked_fill(entries.mass == 0, float("-inf"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Consolidation: what is demoted, merged and forgotten
+# ---------------------------------------------------------------------------------------------------------------------
+
+# (older keys, values, mass, newer keys, values, mass), each [B, G, K, ...], to merged keys and values [B, G, K, D].
+Compress = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Plan:
+    """
+    Which pool entry each array entry is, in integers, so that values can be gathered later with gradients.
+
+    The pool is [all raw entries | pairs merged into level 1 | pairs merged into level 2]; a level-1 pair has index
+    `LEVEL1 + n`, a level-2 pair `LEVEL2 + n`, n counting from the first consolidation of the call.
+    """
+
+    LEVEL1 = 1 << 40
+    LEVEL2 = 1 << 41
+
+    source: torch.Tensor  # [B, G, N] int64
+    pairs: tuple[list[torch.Tensor], list[torch.Tensor]]  # per target level: [B, G, K, 2] pool indices, one per boundary
+
+
+def consolidate(
+    candidates: Candidates,
+    slot_counts: tuple[int, int, int],
+    num_sinks: int,
+    compress: Compress,
+    pinned: torch.Tensor | None = None,
+    plan: Plan | None = None,
+    noise_seed: int | None = None,
+) -> tuple[Candidates, tuple[int, int, int], Plan | None]:
+    """
+    Decide which of M candidates stay, move down a level, merge or are forgotten.
+
+    Args:
+        candidates: in order of time; the first `num_sinks` are sinks, `slot_counts` of the others are in levels 0, 1, 2.
+        pinned [B, G, M]: entries that are never demoted.
+        plan: carried along (its `source` is [B, G, M]) when values are to be gathered later.
+
+    Returns the entries that stay (without queries changed), the slots now held per level, and the plan.
+    """
+    settings, entries = candidates.settings, candidates.entries
+    keys, values = candidates.keys, candidates.values
+    counts = list(slot_counts)
+    level = entries.level.clone()
+    level[:, :, :num_sinks] = -1
+    alive = torch.ones_like(level, dtype=torch.bool)
+    source = None if plan is None else plan.source
+    for lower, capacity in enumerate(settings.memory_slots):
+        excess = counts[lower] - capacity
+        if excess <= 0:
+            continue
+        candidates = replace(candidates, entries=entries, keys=keys, values=values)
+        retention = retention_scores(candidates, noise_seed)
+        if pinned is not None:
+            retention = retention.masked_fill(pinned, float("inf"))
+        # Ascending and stable: of equals the older comes first, and is demoted first. Outsiders come last.
+        outside = (~(alive & (level == lower))).to(torch.int8)
+        order = retention.sort(dim=-1, stable=True).indices
+        order = order.gather(2, outside.gather(2, order).sort(dim=-1, stable=True).indices)
+        demoted = order[:, :, :excess].sort(dim=-1).values
+        counts[lower] = capacity
+        if lower == 2 or settings.memory_slots[lower + 1] == 0:
+            alive.scatter_(2, demoted, False)
+            continue
+        counts[lower + 1] += -(-excess // 2)
+        level.scatter_(2, demoted, lower + 1)
+        paired = excess - excess % 2
+        older, newer = demoted[:, :, 0:paired:2], demoted[:, :, 1:paired:2]
+        first, second = entries.take(older), entries.take(newer)
+        mergeable = (first.mass > 0) & (second.mass > 0)
+        mergeable &= second.time - first.time <= settings.segment_length
+        newer_stays = mergeable | (retention.gather(2, newer) >= retention.gather(2, older))
+        alive.scatter_(2, torch.where(newer_stays, older, newer), False)
+        # A merged pair takes the place of its newer part, so the order of time holds.
+        entries = entries.put(newer, mergeable, merge_entries(first, second, max_sources=lower + 1))
+        newer_keys, newer_values = take_entries(keys, newer), take_entries(values, newer)
+        merged_keys, merged_values = compress(
+            take_entries(keys, older), take_entries(values, older), first.mass, newer_keys, newer_values, second.mass
+        )
+        chosen = mergeable[..., None]
+        keys = put_entries(keys, newer, torch.where(chosen, merged_keys, newer_keys))
+        values = put_entries(values, newer, torch.where(chosen, merged_values, newer_values))
+        if source is not None:
+            pairs = torch.stack((source.gather(2, older), source.gather(2, newer)), dim=-1)
+            first_index = (Plan.LEVEL1, Plan.LEVEL2)[lower] + sum(pair.shape[2] for pair in plan.pairs[lower])
+            index = torch.arange(first_index, first_index + pairs.shape[2], device=source.device)
+            plan.pairs[lower].append(pairs)
+            source = source.scatter(2, newer, torch.where(mergeable, index, pairs[..., 1]))
+    num_kept = num_sinks + sum(counts)
+    kept = (~alive).to(torch.int8).sort(dim=-1, stable=True).indices[:, :, :num_kept]
+    entries = replace(entries, level=level.clamp(min=0)).take(kept)
+    if source is not None:
+        plan = Plan(source.gather(2, kept), plan.pairs)
+    stay = replace(candidates, entries=entries, keys=take_entries(keys, kept), values=take_entries(values, kept))
+    return stay, tuple(counts), plan
+
+
+def merge_entries(older: Entries, newer: Entries, max_sources: int) -> Entries:
+    """Pairs of entries as merged slots; a part holds at most `max_sources` source tokens. See `Entries` for the rules."""
+
+    def joined(first, second):
+        both = torch.cat((first[..., :max_sources], second[..., :max_sources]), dim=-1)
+        return F.pad(both, (0, MAX_SOURCES - 2 * max_sources), value=-1)
+
+    return Entries(
+        level=newer.level,
+        salience=torch.maximum(older.salience, newer.salience),
+        salience_bias=merge_salience_bias(older.salience_bias, older.mass, newer.salience_bias, newer.mass),
+        usage=older.usage + newer.usage,
+        positions=joined(older.positions, newer.positions),
+        token_ids=joined(older.token_ids, newer.token_ids),
+    )

@@ -1,0 +1,927 @@
+"""
+BWR-DNC: a Llama-style decoder that reads through an exact local window and a bounded bank of memory slots.
+
+What is unusual here, compared with Llama:
+
+* Attention reads `[sinks | slots | previous segment | current segment]`, segment by segment (`bank_reader`, `memory_ops`).
+* `past_key_values` is a `StateBankCache` of constant size (`state_bank`).
+* The model counts the real tokens of every row itself, on the host: padding is skipped wherever it stands, and
+  `position_ids` only mark where packed documents start, by returning to 0.
+
+Cost per token and layer beside the projections: at most 2 * H * D * (sinks + slots + 2S) multiply-adds to read, and per
+segment one consolidation of about (slots + S) entries per key/value head.
+
+Shapes: `B` rows, `T` tokens of this call, `H` query heads, `G` key/value heads, `D` head width, `L` entries visible,
+`S` segment length, `K` taps of the short convolution.
+"""
+
+import copy
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .bank_reader import BankReader, Call, RotaryTable, Sequences, Tokens, refreshed
+from .configuration_bwr_dnc import BwrDncConfig
+from .memory_ops import COMPLEXITY_SHIFT, BankSettings
+from .state_bank import BankState, StateBankCache, StateBankLayer, StateShapes, check_matches_config, extend_history
+
+# Tokens read at a time from a long input of which only the last logits are wanted.
+READ_BLOCK_LENGTH = 1024
+
+
+class BwrDncRMSNorm(nn.Module):
+    """Root mean square normalisation, in float32 at least."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        variance = hidden_states.square().mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.eps)).to(dtype)
+
+
+class BwrDncMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: BwrDncConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class PreciseLinear(nn.Module):
+    """
+    A linear map without bias, zero at the start, computed in float32 at least, also under autocast.
+
+    Deliberately no `nn.Linear`: quantisation and "all-linear" adapters leave the memory's own projections alone.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        with torch.autocast(device_type=inputs.device.type, enabled=False):
+            return F.linear(inputs.to(dtype), self.weight.to(dtype))
+
+
+class Compressor(nn.Module):
+    """
+    Two entries into one, by cross-attention from a learned latent query over the pair (as in the Perceiver).
+
+    At the start the latent query is zero, which makes it the mean weighted by mass, of keys before RoPE and of values. The
+    residuals, zero at the start, can bring back what a mean loses.
+    """
+
+    def __init__(self, config: BwrDncConfig):
+        super().__init__()
+        width = config.head_dim
+        self.is_learned = config.use_learned_compressor
+        self.latent_query = nn.Parameter(torch.zeros(config.num_key_value_heads, width))
+        self.key_residual = PreciseLinear(2 * width, width)
+        self.value_residual = PreciseLinear(2 * width, width)
+
+    def forward(
+        self,
+        older_keys: torch.Tensor,
+        older_values: torch.Tensor,
+        older_mass: torch.Tensor,
+        newer_keys: torch.Tensor,
+        newer_values: torch.Tensor,
+        newer_mass: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, G, K, D] and masses [B, G, K] of K pairs; returns merged keys and values [B, G, K, D]."""
+        dtype = older_keys.dtype
+        precise = torch.promote_types(dtype, torch.float32)
+        keys, values = torch.stack((older_keys, newer_keys), -2), torch.stack((older_values, newer_values), -2)
+        logits = torch.stack((older_mass, newer_mass), -1).clamp(min=1).to(precise).log()
+        if self.is_learned:
+            latent = self.latent_query.to(precise)[:, None, None] * keys.shape[-1] ** -0.5  # [G, 1, 1, D]
+            logits = logits + (keys.to(precise) * latent).sum(-1)
+        weights = logits.softmax(-1)[..., None].to(dtype)
+        merged_keys, merged_values = (keys * weights).sum(-2), (values * weights).sum(-2)
+        if self.is_learned:
+            merged_keys = merged_keys + self.key_residual(keys.flatten(-2)).to(dtype)
+            merged_values = merged_values + self.value_residual(values.flatten(-2)).to(dtype)
+        return merged_keys, merged_values
+
+
+class Memory(nn.Module):
+    """The learned parts of one state bank, all neutral at the start."""
+
+    def __init__(self, config: BwrDncConfig):
+        super().__init__()
+        self.salience = PreciseLinear(config.hidden_size, config.num_key_value_heads)
+        self.routing = PreciseLinear(config.hidden_size, config.num_attention_heads)
+        self.compressor = Compressor(config)
+
+
+class ShortConvolution(nn.Module):
+    """
+    Depthwise causal convolution over a sequence's own tokens, added to its input: it lets one slot bind a key to the value
+    beside it. Zero at the start.
+    """
+
+    def __init__(self, config: BwrDncConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.hidden_size, 1, config.short_conv_kernel))
+
+    def forward(
+        self, hidden_states: torch.Tensor, call: Call, settings: BankSettings, state: BankState | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output [B, T, hidden], and the latest inputs [B, S + K - 1, hidden] of every row if the call keeps state."""
+        batch_size, num_tokens, hidden_size = hidden_states.shape
+        reach = self.weight.shape[-1] - 1
+        held = settings.segment_length + reach
+        before = hidden_states.new_zeros(batch_size, held, hidden_size) if state is None else state.conv_inputs
+        after, output = list(before), None
+        for sequences in call.sequences:
+            inputs = sequences.take(hidden_states)
+            past = before[sequences.rows]
+            if sequences.is_fresh:
+                past = torch.zeros_like(past)
+            inputs = torch.cat((past, inputs), dim=1)
+            recent = inputs[:, held - reach :].transpose(1, 2)
+            mixed = F.conv1d(recent, self.weight.to(recent.dtype), groups=hidden_size).transpose(1, 2)
+            output = sequences.put(output, mixed, (batch_size, num_tokens))
+            for index, row in enumerate(sequences.rows):
+                if sequences.keeps_state[index]:
+                    count = sequences.counts[index]
+                    after[row] = inputs[index, count : count + held]
+        return hidden_states + output, torch.stack(after) if call.keeps_state else None
+
+
+class SinkWindowAttention(nn.Module):
+    """Grouped-query attention over sinks and the exact window: the previous segment, and the current one causally."""
+
+    layer_type = "sink_window_attention"
+
+    def __init__(self, config: BwrDncConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        if config.use_qk_norm:
+            self.q_norm = BwrDncRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = BwrDncRMSNorm(self.head_dim, config.rms_norm_eps)
+        if config.short_conv_kernel:
+            self.short_conv = ShortConvolution(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, call: Call, state: BankState | None = None, layer: StateBankLayer | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, BankState | None]:
+        """
+        Args:
+            hidden_states [B, T, hidden].
+            state: what the rows have read before, None for nothing. Without gradients it is used up.
+            layer: cache layer that is told of consolidations, so that it can take them back.
+
+        Returns the output [B, T, hidden], attention weights [B, H, T, L] and the state after, where the call wants them.
+        """
+        shape = hidden_states.shape[:2]
+        settings = replace(call.settings[self.layer_type], layer_idx=self.layer_idx)
+        if state is None:
+            state = self._empty_state(settings, shape[0], hidden_states)
+        else:
+            with torch.no_grad():
+                state = refreshed(replace(state, settings=settings), call.rotary)
+        conv_inputs = None
+        if self.config.short_conv_kernel:
+            hidden_states, conv_inputs = self.short_conv(hidden_states, call, settings, state)
+        projected = self._project(hidden_states)
+        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in projected)
+        output = weights = None
+        rows: list[int] = []
+        parts: list[BankState] = []
+        for sequences in call.sequences:
+            tokens = Tokens(
+                *(sequences.take(tensor).transpose(1, 2) for tensor in projected), sequences.take(call.token_ids)
+            )
+            part = state
+            if sequences.is_fresh:
+                part = self._empty_state(settings, len(sequences.rows), hidden_states)
+            elif sequences.rows != list(range(shape[0])):
+                part = state.select(sequences.rows)
+            reader = BankReader(
+                call, settings, sequences, self.scaling, *self._learned_parts(), _journal(layer, state, sequences)
+            )
+            if needs_gradient:
+                read = reader.read_with_gradient
+            else:
+                read = reader.read_in_place if call.active is None else reader.read_one_token
+            part_output, part_weights, part = read(tokens, part)
+            output = sequences.put(output, part_output.transpose(1, 2).flatten(2), shape)
+            if part_weights is not None:
+                weights = _put_weights(weights, part_weights, sequences, shape)
+            if call.keeps_state:
+                kept = [i for i, keeps in enumerate(sequences.keeps_state) if keeps]
+                rows += [sequences.rows[i] for i in kept]
+                parts.append(part if len(kept) == len(part.rows) else part.select(kept))
+        after = None
+        if call.keeps_state:
+            after = BankState.stack(parts) if len(parts) > 1 else parts[0] if parts else state
+            after = state.replaced(rows, after) if rows else state
+            if conv_inputs is not None:
+                after = replace(after, conv_inputs=conv_inputs)
+        if output is None:
+            output = projected[0].new_zeros(projected[0].shape).flatten(2)
+        return self.o_proj(output), weights, after
+
+    def _learned_parts(self):
+        """Compressor and whether queries route between levels."""
+        return None, False
+
+    def _empty_state(self, settings: BankSettings, batch_size: int, like: torch.Tensor) -> BankState:
+        config = self.config
+        shapes = StateShapes(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            self.head_dim,
+            config.hidden_size,
+            config.short_conv_kernel,
+        )
+        dtype = self.k_proj.weight.dtype if self.k_proj.weight.dtype.is_floating_point else like.dtype
+        if torch.is_autocast_enabled(like.device.type):
+            dtype = torch.get_autocast_dtype(like.device.type)
+        return BankState.empty(settings, batch_size, shapes, dtype, like.device)
+
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries [B, T, H, D], keys and values [B, T, G, D], salience [B, T, G] and complexity [B, T, H] logits."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        queries = self.q_proj(hidden_states).view(heads)
+        keys = self.k_proj(hidden_states).view(heads)
+        values = self.v_proj(hidden_states).view(heads)
+        if self.config.use_qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        return queries, keys, values, *self._memory_logits(hidden_states)
+
+    def _memory_logits(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = hidden_states.shape[:2]
+        options = {"dtype": torch.promote_types(hidden_states.dtype, torch.float32), "device": hidden_states.device}
+        salience = torch.zeros(*shape, self.config.num_key_value_heads, **options)
+        return salience, torch.full((*shape, self.config.num_attention_heads), COMPLEXITY_SHIFT, **options)
+
+
+class StateBankAttention(SinkWindowAttention):
+    """Attention over sinks, window, and a bank of memory slots that learned salience and use keep."""
+
+    layer_type = "state_bank_attention"
+
+    def __init__(self, config: BwrDncConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.memory = Memory(config)
+
+    def forward(self, hidden_states, call, state=None, layer=None):
+        output, weights, after = super().forward(hidden_states, call, state, layer)
+        if self.training and torch.is_grad_enabled():
+            # Every parameter belongs to the graph, also while no slot is in use: DDP and its like count on it.
+            unused = sum(parameter.sum() for parameter in self.memory.parameters() if parameter.requires_grad)
+            output = output + 0.0 * unused
+        return output, weights, after
+
+    def _learned_parts(self):
+        return self.memory.compressor, self.config.use_routing
+
+    def _memory_logits(self, hidden_states):
+        salience, complexity = super()._memory_logits(hidden_states)
+        if self.config.use_salience:
+            salience = self.memory.salience(hidden_states)
+        if self.config.use_routing:
+            complexity = self.memory.routing(hidden_states) + COMPLEXITY_SHIFT
+        return salience, complexity
+
+
+ATTENTION_CLASSES = {kind.layer_type: kind for kind in (SinkWindowAttention, StateBankAttention)}
+
+
+def _journal(layer: StateBankLayer | None, state: BankState, sequences: Sequences):
+    """What tells a recording cache layer of consolidations in these sequences."""
+
+    def note(before: BankState, indices: list[int]) -> None:
+        if layer is not None and layer.record_past:
+            layer.note_consolidation(before, [sequences.rows[i] for i in indices], len(state.rows))
+
+    return note
+
+
+def _put_weights(weights, part: torch.Tensor, sequences: Sequences, shape: tuple[int, int]) -> torch.Tensor:
+    """Attention weights [B, H, T, L] of the batch with those of some sequences, [R, H, T, L], put in."""
+    if sequences.columns is None:
+        return part
+    part = part.transpose(1, 2)  # [R, T, H, L]
+    widest = part.shape[-1] if weights is None else max(part.shape[-1], weights.shape[-1])
+    part = F.pad(part, (0, widest - part.shape[-1]))
+    if weights is not None:
+        weights = F.pad(weights, (0, widest - weights.shape[-1])).transpose(1, 2).flatten(2)
+    weights = sequences.put(weights, part.flatten(2), shape)
+    return weights.unflatten(2, (-1, widest)).transpose(1, 2)
+
+
+class BwrDncDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: BwrDncConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = ATTENTION_CLASSES[config.layer_types[layer_idx]](config, layer_idx)
+        self.mlp = BwrDncMLP(config)
+        self.input_layernorm = BwrDncRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = BwrDncRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, call: Call, state: BankState | None = None, layer: StateBankLayer | None = None
+    ) -> tuple[torch.Tensor, BankState | None]:
+        attended, _, state = self.self_attn(self.input_layernorm(hidden_states), call, state, layer)
+        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return hidden_states, state
+
+
+class BwrDncRotaryEmbedding(LlamaRotaryEmbedding):
+    """The library's rotary embedding; its inverse frequencies serve the positions that `bank_reader` gives to entries."""
+
+    def table(self, hidden_states: torch.Tensor, longest: int) -> RotaryTable:
+        """For one forward pass, whose rows reach up to `longest` tokens (which only dynamic variants look at)."""
+        if self.rope_type in ("dynamic", "longrope"):
+            self(hidden_states, torch.tensor([[longest - 1]], device=hidden_states.device))
+        frequencies = self.inv_freq
+        if torch.finfo(frequencies.dtype).bits < 32:
+            # The module was cast to a type too coarse for angles.
+            build = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+            frequencies = build(self.config, device=frequencies.device)[0]
+        return RotaryTable(frequencies.to(hidden_states.device), self.attention_scaling, hidden_states.dtype)
+
+
+class BwrDncPreTrainedModel(PreTrainedModel):
+    config_class = BwrDncConfig
+    config: BwrDncConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BwrDncDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "state", "call", "layer"]
+    _supports_sdpa = True
+    _supports_attention_backend = False
+    _can_record_outputs = {"hidden_states": BwrDncDecoderLayer, "attentions": SinkWindowAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (PreciseLinear, ShortConvolution)):
+            init.zeros_(module.weight)
+        elif isinstance(module, Compressor):
+            init.zeros_(module.latent_query)
+
+
+class BwrDncModel(BwrDncPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: BwrDncConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(BwrDncDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = BwrDncRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = BwrDncRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        use_memory: bool | None = None,
+        retention_noise_seed: int | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids [B, T], or inputs_embeds [B, T, hidden].
+            attention_mask [B, T] of these tokens, or [B, past + T]: 0 marks padding, wherever it stands.
+            position_ids [B, T]: only mark where packed documents start, by being 0 on a real token.
+            past_key_values: a `StateBankCache`, or any cache made of its layers. Updated in place and returned.
+            use_memory: `False` reads sinks and window only; defaults to `config.use_memory`.
+            retention_noise_seed: in training, seeds Gumbel noise on which entries stay; pass the step number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("`forward` takes either `input_ids` or `inputs_embeds`, and exactly one of them.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        cache = None
+        if past_key_values is not None:
+            cache = StateBankCache.wrap(past_key_values)
+        elif use_cache:
+            cache = StateBankCache(config=self.config)
+        if cache is not None and cache.states:
+            check_matches_config(cache, self.config)
+            if cache.layers[0].batch_size != inputs_embeds.shape[0]:
+                raise ValueError(
+                    f"`past_key_values` has {cache.layers[0].batch_size} rows, but the input has {inputs_embeds.shape[0]}; "
+                    "they must be equal: use `cache.batch_repeat_interleave`, `StateBankCache.stack` or `unstack`."
+                )
+        if cache is not None:
+            cache.written_by(self)
+        layout = lay_out(
+            inputs_embeds.shape[:2],
+            attention_mask,
+            position_ids,
+            cache,
+            self.config.segment_length,
+            inputs_embeds.device,
+        )
+        use_memory = self.config.use_memory if use_memory is None else use_memory
+        if input_ids is None:
+            input_ids = torch.full(inputs_embeds.shape[:2], -1, dtype=torch.int64, device=inputs_embeds.device)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        call = Call(
+            rotary=self.rotary_emb.table(inputs_embeds, layout.longest),
+            sequences=layout.sequences,
+            token_ids=input_ids,
+            settings=bank_settings(self.config, use_memory),
+            keeps_state=bool(use_cache),
+            active=layout.active,
+            eager=self.config._attn_implementation == "eager",
+            output_attentions=bool(output_attentions),
+            noise_seed=retention_noise_seed,
+            key_columns=layout.key_columns if output_attentions else None,
+            num_columns=layout.num_columns,
+        )
+        hidden_states = inputs_embeds
+        for index, decoder_layer in enumerate(self.layers):
+            cache_layer = None if cache is None else cache.layers[index]
+            state = None if cache_layer is None else cache_layer.state
+            if state is not None and not call.keeps_state:
+                state = state.map(torch.Tensor.clone)
+            hidden_states, state = decoder_layer(hidden_states, call=call, state=state, layer=cache_layer)
+            if call.keeps_state and cache_layer is not None:
+                cache_layer.state = state
+        if cache is not None and call.keeps_state:
+            _extend_histories(cache, input_ids, layout)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=cache if use_cache else None
+        )
+
+
+def bank_settings(config: BwrDncConfig, use_memory: bool) -> dict[str, BankSettings]:
+    """Run-time settings by layer type."""
+    window = BankSettings(
+        segment_length=config.segment_length,
+        num_sink_tokens=config.num_sink_tokens,
+        memory_slots=(0, 0, 0),
+        memory_position=config.memory_position,
+        routing_thresholds=tuple(config.routing_thresholds),
+        use_hard_routing=config.use_hard_routing,
+        usage_weight=float(config.usage_weight),
+        retention_score=config.retention_score,
+    )
+    bank = replace(window, memory_slots=tuple(config.memory_slots)) if use_memory else window
+    return {"sink_window_attention": window, "state_bank_attention": bank}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which token belongs to which sequence
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layout:
+    """How the tokens of a call fall into sequences; all counts are known on the host."""
+
+    sequences: list[Sequences]
+    longest: int  # tokens read by the widest row after this call
+    active: list[bool] | None = None  # see `Call`
+    counted: torch.Tensor | None = None  # [B, T] bool: tokens that extend the history of their row; None: all
+    restarted: list[int] = field(default_factory=list)  # rows whose history starts anew
+    key_columns: torch.Tensor | None = None  # see `Call`
+    num_columns: int = 0
+
+
+def lay_out(
+    shape: tuple[int, int],
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: StateBankCache | None,
+    segment_length: int,
+    device: torch.device,
+) -> Layout:
+    """
+    Group the real tokens of a call [B, T] into sequences that can be read together.
+
+    Raises `ValueError` for a mask of another shape, or one that contradicts what the cache has read.
+    """
+    batch_size, num_tokens = shape
+    everything = list(range(batch_size))
+    phases = None
+    if cache is not None and cache.states:
+        phases = [tuple(layer.state.rows[row].phase for layer in cache.layers) for row in everything]
+    seen = [row.seen for row in cache.rows] if phases else [0] * batch_size
+    real = None if attention_mask is None else _real_tokens(attention_mask, shape, seen)
+    starts = None if position_ids is None else _document_starts(position_ids, real, shape, seen)
+    is_uniform = phases is None or all(phase == phases[0] for phase in phases)
+    if real is None and starts is None:
+        whole = Sequences(everything, [num_tokens] * batch_size, keeps_state=[True] * batch_size)
+        layout = Layout([whole], max(seen) + num_tokens)
+        if is_uniform:
+            return layout
+        if num_tokens == 1:
+            layout.active = [True] * batch_size
+            return layout
+    if real is None:
+        real = torch.ones(shape, dtype=torch.bool, device=device)
+    real_columns = [row.nonzero().squeeze(-1) for row in real]
+    counts = [len(columns) for columns in real_columns]
+    layout = Layout([], max(map(sum, zip(seen, counts, strict=True))), counted=real)
+    if attention_mask is not None and starts is None and num_tokens <= attention_mask.shape[1]:
+        _note_columns(layout, attention_mask, seen, counts)
+    if num_tokens == 1 and starts is None:
+        layout.sequences = [Sequences(everything, counts, keeps_state=[True] * batch_size)]
+        layout.active = [count == 1 for count in counts]
+        return layout
+    # (row, columns, whether it starts anew, whether it is the last of its row)
+    documents: dict[tuple, list[tuple[int, torch.Tensor, bool]]] = {}
+    for row, columns in enumerate(real_columns):
+        begins = [] if starts is None else starts[row][columns].nonzero().squeeze(-1).tolist()
+        cuts = [0, *(begin for begin in begins if begin > 0), len(columns)]
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            if first == last:
+                continue
+            is_fresh = first in begins and (first > 0 or seen[row] > 0)
+            key = ("fresh",) if is_fresh or phases is None else phases[row]
+            documents.setdefault((is_fresh, key), []).append((row, columns[first:last], last == len(columns)))
+            if is_fresh and last == len(columns):
+                layout.restarted.append(row)
+                layout.counted[row, : columns[first]] = False
+    for (is_fresh, _), found in documents.items():
+        layout.sequences += _grouped(found, num_tokens, is_fresh, 2 * segment_length)
+    return layout
+
+
+def _real_tokens(attention_mask: torch.Tensor, shape: tuple[int, int], seen: list[int]) -> torch.Tensor | None:
+    """Real tokens of a call, [B, T] bool, None if all are. The mask may cover the history, too, and must then agree with it."""
+    batch_size, num_tokens = shape
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_tokens:
+        raise ValueError(
+            f"`attention_mask` has the shape {list(attention_mask.shape)}, but must be [{batch_size}, {num_tokens}], or wider by "
+            "the history before; BWR-DNC makes its own causal mask, and takes no 4D one."
+        )
+    num_before = attention_mask.shape[1] - num_tokens
+    if num_before:
+        before = (attention_mask[:, :num_before] != 0).sum(1).tolist()
+        if before != seen:
+            raise ValueError(
+                f"`attention_mask` says that the rows have read {before} tokens, but the cache has read {seen}; pass the mask of "
+                "the whole history, or only that of the new tokens."
+            )
+    real = attention_mask[:, num_before:] != 0
+    return None if bool(real.all()) else real
+
+
+def _document_starts(
+    position_ids: torch.Tensor, real: torch.Tensor | None, shape: tuple[int, int], seen: list[int]
+) -> torch.Tensor | None:
+    """Where packed documents start, [B, T] bool; None if every row only continues."""
+    starts = (position_ids[:, -shape[1] :] == 0).expand(shape)
+    if real is not None:
+        starts = starts & real
+    before_first = torch.ones(shape, dtype=torch.int64, device=starts.device) if real is None else real.long()
+    is_first = (before_first.cumsum(1) == 1) & (before_first == 1)
+    is_new = torch.tensor([count == 0 for count in seen], device=starts.device)[:, None]
+    return starts if bool((starts & ~(is_first & is_new)).any()) else None
+
+
+def _note_columns(layout: Layout, attention_mask: torch.Tensor, seen: list[int], counts: list[int]) -> None:
+    """Remember the column of every real token of the history, if the mask covers all of it."""
+    columns = [row.nonzero().squeeze(-1) for row in attention_mask]
+    if [len(row) for row in columns] == [a + b for a, b in zip(seen, counts, strict=True)]:
+        layout.num_columns = attention_mask.shape[1]
+        layout.key_columns = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=layout.num_columns)
+
+
+def _grouped(
+    documents: list[tuple[int, torch.Tensor, bool]], num_tokens: int, is_fresh: bool, short: int
+) -> list[Sequences]:
+    """Documents that stand at the same position, in groups of similar length: at most half of a group is padding."""
+    groups: list[list[tuple[int, torch.Tensor, bool]]] = []
+    for document in sorted(documents, key=lambda item: -len(item[1])):
+        longest = len(groups[-1][0][1]) if groups else 0
+        if groups and (longest <= short or 2 * len(document[1]) >= longest):
+            groups[-1].append(document)
+        else:
+            groups.append([document])
+    sequences = []
+    for group in groups:
+        group.sort(key=lambda item: item[0])
+        flat = [columns + row * num_tokens for row, columns, _ in group]
+        longest = max(map(len, flat))
+        padded = [torch.cat((columns, columns[:1].expand(longest - len(columns)))) for columns in flat]
+        rows, counts = [row for row, _, _ in group], [len(columns) for columns in flat]
+        sequences.append(Sequences(rows, counts, torch.stack(padded), is_fresh, [is_last for _, _, is_last in group]))
+    return sequences
+
+
+def _extend_histories(cache: StateBankCache, token_ids: torch.Tensor, layout: Layout) -> None:
+    """Extend the hash of the token ids that each row has read, once for all layers."""
+    history = cache.history
+    if layout.restarted:
+        history = history.clone()
+        history[layout.restarted] = 0
+    history = extend_history(history, token_ids, layout.counted)
+    for state in cache.states:
+        state.history = history
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FinishedRows(StoppingCriteriaList):
+    """The stopping criteria of a `generate` call, which also remember at which column each row has finished."""
+
+    def __init__(self):
+        super().__init__()
+        self.columns: torch.Tensor | None = None  # [B] of the last token of finished rows, beyond reach for others
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        if self.columns is None:
+            self.columns = torch.full_like(input_ids[:, 0], torch.iinfo(torch.int64).max)
+        now = torch.full_like(self.columns, input_ids.shape[1] - 1)
+        self.columns = torch.where(done.to(self.columns.device), torch.minimum(self.columns, now), self.columns)
+        return done
+
+    def mask(self, attention_mask: torch.Tensor | None, input_ids: torch.LongTensor) -> torch.Tensor | None:
+        """`attention_mask` [B, W] without what a row was fed after it has finished, its last token included."""
+        if self.columns is None or input_ids.shape[0] == 1:
+            return attention_mask
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        alive = (columns < self.columns.to(input_ids.device)[:, None]).long()
+        return alive if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].long() * alive
+
+
+class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head. `generate` continues a `StateBankCache` with new tokens or full histories."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: BwrDncConfig):
+        super().__init__(config)
+        self.model = BwrDncModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        use_memory: bool | None = None,
+        read_block_length: int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        The arguments of `BwrDncModel.forward`, and:
+
+        Args:
+            labels [B, T]: token ids to predict, -100 where none is; the loss is their mean cross-entropy.
+            logits_to_keep: logits of the last so many tokens (0: all), or of the positions in a tensor.
+            read_block_length: without gradients, and with `logits_to_keep` > 0, a longer input is read in blocks of so many
+                tokens, in memory that does not grow with its length.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        num_tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        block_length = read_block_length or READ_BLOCK_LENGTH
+        only_last = isinstance(logits_to_keep, int) and logits_to_keep > 0
+        shows_all = any(
+            kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
+        )
+        options = {"past_key_values": past_key_values, "use_cache": use_cache, "use_memory": use_memory, **kwargs}
+        if only_last and num_tokens > block_length and labels is None and not torch.is_grad_enabled() and not shows_all:
+            outputs = self._read_in_blocks(inputs, num_tokens, block_length, logits_to_keep, options)
+        else:
+            outputs = self.model(**inputs, **options)
+        hidden_states = _kept_positions(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _read_in_blocks(self, inputs: dict, num_tokens: int, block_length: int, num_kept: int, options: dict):
+        """Read a long input block by block; the outputs of the last, with the last `num_kept` hidden states."""
+        keeps_cache = self.config.use_cache if options["use_cache"] is None else options["use_cache"]
+        cache = options["past_key_values"]
+        if cache is None:
+            cache = StateBankCache(config=self.config)
+        elif not keeps_cache:
+            cache = StateBankCache.wrap(cache).clone()
+        mask = inputs["attention_mask"]
+        num_before = 0 if mask is None or mask.dim() != 2 else mask.shape[1] - num_tokens
+        kept: list[torch.Tensor] = []
+        for start in range(0, num_tokens, block_length):
+            stop = min(start + block_length, num_tokens)
+            block = {name: None if value is None else value[:, start:stop] for name, value in inputs.items()}
+            if mask is not None:
+                block["attention_mask"] = mask[:, (num_before + start if start else 0) : num_before + stop]
+            outputs = self.model(**block, **options | {"past_key_values": cache, "use_cache": True})
+            cache = outputs.past_key_values
+            if stop > num_tokens - num_kept:
+                kept.append(outputs.last_hidden_state)
+        outputs.last_hidden_state = torch.cat(kept, dim=1)
+        outputs.past_key_values = cache if keeps_cache else None
+        return outputs
+
+    # ----------------------------------------------------------------------------------------------------- generation
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"`cache_implementation` is {generation_config.cache_implementation!r}, but the memory of a BWR-DNC model is its own "
+                "cache, of constant size; leave it unset."
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            # Rows that have finished are fed padding until all have; it must not enter their memory.
+            generation_config._finished_rows = model_kwargs["finished_rows"] = FinishedRows()
+
+    def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        finished_rows = getattr(generation_config, "_finished_rows", None)
+        if finished_rows is None:
+            return criteria
+        finished_rows.extend(criteria)
+        return finished_rows
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # The model reads long prompts in blocks by itself, which knows better where a history ends.
+        if generation_config.prefill_chunk_size is not None:
+            model_kwargs["read_block_length"] = generation_config.prefill_chunk_size
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs.pop("read_block_length", None)
+        return outputs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        finished_rows: FinishedRows | None = None,
+        **kwargs,
+    ) -> dict:
+        """The library's, with masks of the new tokens only, and without positions: the model counts by itself."""
+        kwargs.pop("position_ids", None)
+        if finished_rows is not None:
+            attention_mask = finished_rows.mask(attention_mask, input_ids)
+        is_continued = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if is_first_iteration and is_continued and inputs_embeds is None:
+            input_ids, attention_mask = _new_tokens(StateBankCache.wrap(past_key_values), input_ids, attention_mask)
+            next_sequence_length = None
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        inputs.pop("position_ids", None)
+        mask = inputs.get("attention_mask")
+        if mask is not None and is_continued and not inputs.get("output_attentions"):
+            fed = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            inputs["attention_mask"] = mask[:, -fed.shape[1] :]
+        return inputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "Continuous batching keeps its own paged cache, which has no place for the memory of a BWR-DNC model; batch with "
+            "`generate` on padded rows, or with `StateBankCache.stack`."
+        )
+
+    generate_batch = init_continuous_batching
+
+
+def _kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Hidden states of the last so many tokens (0: all), or at given positions ([P], or [B, P]; bool masks flatten)."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dim() == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden_states[logits_to_keep]
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
+
+
+def _new_tokens(
+    cache: StateBankCache, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    """
+    The part of `input_ids` [B, T] that each row has not read, and its mask.
+
+    Ids that begin with what a row has read (by its hash) are its full history; anything else is new.
+    """
+    batch_size, num_tokens = input_ids.shape
+    num_rows = len(cache.rows)
+    if num_rows != batch_size and batch_size % num_rows == 0:
+        cache.batch_repeat_interleave(batch_size // num_rows)
+    elif num_rows != batch_size:
+        raise ValueError(f"`past_key_values` has {num_rows} rows, but the input has {batch_size}; they must be equal.")
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask[:, -num_tokens:] != 0
+    if attention_mask is None or attention_mask.shape[1] == num_tokens:
+        seen = torch.tensor([row.seen for row in cache.rows], device=input_ids.device)[:, None]
+        history = real & (real.cumsum(1) <= seen)
+        digest = extend_history(torch.zeros_like(cache.history), input_ids.to(cache.history.device), history)
+        is_full = (digest == cache.history)[:, None] & (real.sum(1, keepdim=True) >= seen)
+        real = real & ~(history & is_full)
+    if not bool(real.any(1).all()):
+        raise ValueError(
+            "A row of `input_ids` has no token that the cache has not read already; pass at least one new token per row."
+        )
+    first = int(real.any(0).int().argmax())
+    input_ids, real = input_ids[:, first:], real[:, first:]
+    return input_ids, None if bool(real.all()) else real.long()
+
+
+class BwrDncForSequenceClassification(GenericForSequenceClassification, BwrDncPreTrainedModel):
+    """The decoder with a classifier on the last real token of each row."""
+
+
+class BwrDncForTokenClassification(GenericForTokenClassification, BwrDncPreTrainedModel):
+    """The decoder with a classifier on every token."""
+
+
+# The library's generic heads find the base model by the class of the config, also when this file came with a saved model.
+AutoModel.register(BwrDncConfig, BwrDncModel, exist_ok=True)
+
+__all__ = [
+    "BwrDncForCausalLM",
+    "BwrDncForSequenceClassification",
+    "BwrDncForTokenClassification",
+    "BwrDncModel",
+    "BwrDncPreTrainedModel",
+]

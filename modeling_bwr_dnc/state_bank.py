@@ -1,0 +1,958 @@
+"""
+The StateBank as a cache: `BankState` is what one layer remembers, `StateBankLayer` puts it into a Transformers cache, and
+`StateBankCache` is the object a user keeps, saves, forks, batches, reads and edits.
+
+Shapes: `B` rows, `H` query heads, `G` key/value heads, `D` head width, `S` segment length, `N` entries before the window,
+`C` = N + 2S entries that there is room for, `Q` stored queries of a segment, `K` taps of the short convolution.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.utils import cached_file
+
+from .configuration_bwr_dnc import LAYER_TYPES, BwrDncConfig
+from .memory_ops import MASKED, QUERY_STRIDE, BankSettings, Entries
+
+STATE_FILE = "state_bank.json"
+FORMAT_VERSION = 1
+# Multiplier of the rolling hash of token ids (odd, so that it can be undone), modulo 2**64.
+HASH_BASE = 6364136223846793005
+HASH_INVERSE = pow(HASH_BASE, -1, 1 << 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What one layer remembers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RowState:
+    """Host-side counters of one row; they are functions of how many tokens it has read, never of data."""
+
+    seen: int = 0  # real tokens read
+    window_start: int = 0  # position of the first token in the window
+    slot_counts: tuple[int, int, int] = (0, 0, 0)
+    pinned: tuple[tuple[int, int], ...] = ()  # spans of positions that are never demoted
+
+    @property
+    def num_slots(self) -> int:
+        return sum(self.slot_counts)
+
+    def num_prefix(self, num_sink_tokens: int) -> int:
+        """Entries before the window: sinks that have left it, and slots."""
+        return min(num_sink_tokens, self.window_start) + self.num_slots
+
+    @property
+    def phase(self) -> tuple:
+        """Rows of equal phase have equal shapes."""
+        return (self.seen, self.window_start, self.slot_counts)
+
+
+@dataclass
+class BankState:
+    """
+    The memory of one layer for `B` rows.
+
+    `keys` and `values` hold the entries of a row in order of time: those before the window, then the window. A row fills the
+    front; what lies behind its length is empty, and no value there is ever read. Rows are described by `rows`.
+    """
+
+    settings: BankSettings
+    rows: list[RowState]
+    keys: torch.Tensor  # [B, G, C, D], before RoPE
+    values: torch.Tensor  # [B, G, C, D]
+    entries: Entries  # the N entries before the window
+    window_salience: torch.Tensor  # [B, G, 2S] salience logits of the window
+    window_ids: torch.Tensor  # [B, 2S] int64 token ids of the window, -1 where unknown
+    queries: torch.Tensor  # [B, H, Q, D], before RoPE: every 8th of the current segment
+    complexity: torch.Tensor  # [B, H, Q]: their routing logits
+    conv_inputs: torch.Tensor  # [B, S + K - 1, hidden]: latest inputs of the short convolution; K = 0: empty
+    history: torch.Tensor  # [B] int64: rolling hash of the token ids read
+    holes: torch.Tensor | None = None  # [B, G, C]: MASKED at forgotten entries of the window, 0 elsewhere
+    # Working copies, rebuilt from the above whenever they are None.
+    rotated: torch.Tensor | None = field(default=None, repr=False)  # [B, G, C, D] keys after RoPE
+    key_bias: torch.Tensor | None = field(default=None, repr=False)  # [B, G, N]
+
+    DERIVED = ("rotated", "key_bias")
+
+    @staticmethod
+    def empty(
+        settings: BankSettings, batch_size: int, shapes: "StateShapes", dtype: torch.dtype, device: torch.device
+    ) -> "BankState":
+        precise = torch.promote_types(dtype, torch.float32)
+        room = 2 * settings.segment_length
+        groups, heads, width = shapes.num_key_value_heads, shapes.num_attention_heads, shapes.head_dim
+        stored = settings.num_stored_queries
+
+        def zeros(*shape, dtype=dtype):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        conv_length = settings.segment_length + shapes.conv_kernel - 1 if shapes.conv_kernel else 0
+        return BankState(
+            settings=settings,
+            rows=[RowState() for _ in range(batch_size)],
+            keys=zeros(batch_size, groups, room, width),
+            values=zeros(batch_size, groups, room, width),
+            entries=Entries.empty(batch_size, groups, device, precise),
+            window_salience=zeros(batch_size, groups, room, dtype=precise),
+            window_ids=zeros(batch_size, room, dtype=torch.int64),
+            queries=zeros(batch_size, heads, stored, width),
+            complexity=zeros(batch_size, heads, stored, dtype=precise),
+            conv_inputs=zeros(batch_size, conv_length, shapes.hidden_size if conv_length else 0),
+            history=zeros(batch_size, dtype=torch.int64),
+            rotated=zeros(batch_size, groups, room, width),
+            key_bias=zeros(batch_size, groups, 0, dtype=precise),
+        )
+
+    @property
+    def is_uniform(self) -> bool:
+        return all(row.phase == self.rows[0].phase for row in self.rows)
+
+    def num_prefix(self, row: int = 0) -> int:
+        return self.rows[row].num_prefix(self.settings.num_sink_tokens)
+
+    def length(self, row: int = 0) -> int:
+        """Entries of a row: before the window and in it."""
+        return self.num_prefix(row) + self.rows[row].seen - self.rows[row].window_start
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name, those of `entries` with a dotted one."""
+        named = {item.name: getattr(self, item.name) for item in fields(self)}
+        named |= {f"entries.{item.name}": getattr(self.entries, item.name) for item in fields(self.entries)}
+        return {name: tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[RowState] | None = None) -> "BankState":
+        """Same state with `function` applied to every tensor (batch first in each), and with other rows if given."""
+        changed = {name: function(tensor) for name, tensor in self.tensors().items() if "." not in name}
+        rows = [replace(row) for row in self.rows] if rows is None else rows
+        return replace(self, rows=rows, entries=self.entries.map(function), **changed)
+
+    def select(self, indices: list[int]) -> "BankState":
+        """Copies of the rows at `indices`, in that order, without the room that only other rows needed."""
+        index = torch.tensor(indices, dtype=torch.int64, device=self.keys.device)
+        rows = [replace(self.rows[i]) for i in indices]
+        picked = self.map(lambda tensor: tensor.index_select(0, index), rows)
+        return picked.resized(max((picked.num_prefix(i) for i in range(len(rows))), default=0))
+
+    def resized(self, num_prefix: int) -> "BankState":
+        """Same rows with room for `num_prefix` entries before the window."""
+        extra = num_prefix - len(self.entries)
+        if extra == 0:
+            return self
+
+        def fit(tensor, value=0):
+            if tensor is None:
+                return None
+            return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, extra), value=value)
+
+        entries = self.entries.map(fit)
+        entries.positions = fit(self.entries.positions, -1)
+        entries.token_ids = fit(self.entries.token_ids, -1)
+        wide = {name: fit(getattr(self, name)) for name in ("keys", "values", "rotated", "key_bias", "holes")}
+        return replace(self, entries=entries, **wide)
+
+    def cleared(self) -> "BankState":
+        """Same rows with zeros behind the length of each."""
+        segment_length = self.settings.segment_length
+        state = self.map(torch.Tensor.clone)
+        for index, row in enumerate(state.rows):
+            in_window = row.seen - row.window_start
+            wide = {name: getattr(state, name) for name in ("keys", "values", "rotated", "holes")}
+            for tensor in (tensor for tensor in wide.values() if tensor is not None):
+                tensor[index, :, state.length(index) :] = 0
+            state.window_salience[index, :, in_window:] = 0
+            state.window_ids[index, in_window:] = 0
+            stored = -(-(row.seen - (row.seen - 1) // segment_length * segment_length) // QUERY_STRIDE) if row.seen else 0
+            state.queries[index, :, stored:] = 0
+            state.complexity[index, :, stored:] = 0
+        return state
+
+    @staticmethod
+    def stack(states: "list[BankState]") -> "BankState":
+        """Rows of several states in one batch; they may stand at different positions."""
+        room = max(len(state.entries) for state in states)
+        if any(state.holes is not None for state in states):
+            states = [state.with_holes() for state in states]
+        for name in BankState.DERIVED:
+            if any(getattr(state, name) is None for state in states):
+                states = [replace(state, **{name: None}) for state in states]
+        states = [state.resized(room) for state in states]
+        rows = [replace(row) for state in states for row in state.rows]
+        names = [name for name in states[0].tensors() if "." not in name]
+        joined = {name: torch.cat([getattr(state, name) for state in states]) for name in names}
+        columns = [item.name for item in fields(Entries)]
+        entries = Entries(*(torch.cat([getattr(state.entries, name) for state in states]) for name in columns))
+        return replace(states[0], rows=rows, entries=entries, **joined)
+
+    def replaced(self, indices: list[int], other: "BankState") -> "BankState":
+        """This state with its rows at `indices` taken from `other`, in that order."""
+        rest = [i for i in range(len(self.rows)) if i not in indices]
+        if not rest and indices == list(range(len(self.rows))):
+            return other
+        together = BankState.stack([self.select(rest), other]) if rest else other
+        order = rest + indices
+        return together.select([order.index(i) for i in range(len(self.rows))])
+
+    def with_holes(self) -> "BankState":
+        if self.holes is not None:
+            return self
+        return replace(self, holes=self.window_salience.new_zeros(self.keys.shape[:3]))
+
+
+@dataclass(frozen=True)
+class StateShapes:
+    """Sizes of a layer that its state depends on."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    conv_kernel: int = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rolling hash of token ids
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _signed(number: int) -> int:
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def extend_history(history: torch.Tensor, token_ids: torch.Tensor, is_real: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Hash of a history extended by new ids: h <- h * BASE + mix(id), modulo 2**64, over the real tokens of each row.
+
+    Args: `history` [B] int64, `token_ids` [B, T] int64, `is_real` [B, T] bool (None: all). Returns [B] int64.
+    """
+    num_tokens = token_ids.shape[1]
+    powers = torch.full((num_tokens + 1,), _signed(HASH_BASE), dtype=torch.int64, device=token_ids.device)
+    powers[0] = 1
+    powers = powers.cumprod(0)
+    mixed = _mix(token_ids)
+    if is_real is None:
+        after = torch.arange(num_tokens - 1, -1, -1, device=token_ids.device)
+        return history * powers[num_tokens] + (mixed * powers[after]).sum(1)
+    counts = is_real.sum(1)
+    after = (counts[:, None] - is_real.cumsum(1)).clamp(min=0)
+    return history * powers[counts] + (mixed * powers[after] * is_real).sum(1)
+
+
+def shorten_history(history: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Undo `extend_history` for the last ids [n] of one row; `history` is its hash, a scalar tensor."""
+    for mixed in reversed(_mix(token_ids).tolist()):
+        history = (history - mixed) * _signed(HASH_INVERSE)
+    return history
+
+
+def _mix(token_ids: torch.Tensor) -> torch.Tensor:
+    state = (token_ids + 1) * _signed(0x9E3779B97F4A7C15)
+    return state ^ ((state >> 29) & ((1 << 35) - 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cache layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StateBankLayer(CacheLayerMixin):
+    """
+    One layer of a [`StateBankCache`]: a `BankState`, and the operations that `generate` asks of a cache layer.
+
+    The library finds it by `_layer_type`, so that `DynamicCache(config=...)` builds the right layers. It stores; the
+    attention module computes. While `record_past` is on, the state before the latest consolidation of each row is kept,
+    so that `crop` can go back over it.
+    """
+
+    _layer_type = "state_bank_attention"
+    is_compileable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        self.state: BankState | None = None
+        self.record_past = False
+        # Per row, the state (of one row or several) before its latest consolidation, and its index there.
+        self.journal: list[tuple[BankState, int] | None] = []
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether taking back the latest step is exact: not with rows that a batch may have finished earlier."""
+        return self.batch_size <= 1
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Keys before RoPE, [B, G, C, D]."""
+        return None if self.state is None else self.state.keys
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Values, [B, G, C, D]."""
+        return None if self.state is None else self.state.values
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.state is None else len(self.state.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held."""
+        return 0 if self.state is None else sum(tensor.nbytes for tensor in self.state.tensors().values())
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        raise ValueError("A state bank layer is written by BWR-DNC's own attention; it has no early initialization.")
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise ValueError(
+            f"A cache layer of type {self._layer_type!r} cannot be written by `update`: only the attention of a BWR-DNC "
+            "model can. Use this cache with the model that made it."
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen by the widest row."""
+        return 0 if self.state is None else max((row.seen for row in self.state.rows), default=0)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def note_consolidation(self, before: BankState, rows: list[int], batch_size: int) -> None:
+        """Keep the state `before` a consolidation of `rows` (row i of it is row `rows[i]` of the batch)."""
+        if len(self.journal) != batch_size:
+            self.journal = [None] * batch_size
+        # The arrays are replaced by a consolidation, but stored queries are overwritten in place.
+        queries, complexity = before.queries.clone(), before.complexity.clone()
+        before = replace(before, rows=[replace(row) for row in before.rows], queries=queries, complexity=complexity)
+        for index, row in enumerate(rows):
+            self.journal[row] = (before, index)
+
+    def reset(self) -> None:
+        self.state, self.journal = None, []
+
+    def _on_device(self, device) -> None:
+        if self.state is not None:
+            self.state = self.state.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def offload(self) -> None:
+        self.device = None if self.state is None else self.state.keys.device
+        self._on_device("cpu")
+
+    def prefetch(self) -> None:
+        if getattr(self, "device", None) is not None:
+            self._on_device(self.device)
+
+    def select(self, indices: Iterable[int]) -> None:
+        """Keep copies of the rows at `indices`, in that order."""
+        indices = [int(index) for index in indices]
+        if self.state is None:
+            return
+        self.state = self.state.select(indices)
+        if self.journal:
+            self.journal = [self.journal[index] for index in indices]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.select(index for index in range(len(self.state.rows)) for _ in range(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.state is not None:
+            indices = torch.arange(len(self.state.rows))[indices.cpu()]
+            self.select(indices.tolist())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Forget the last `-tokens_to_remove` tokens of every row, exactly.
+
+        Any of the last `segment_length` tokens can be taken back; a row that has consolidated since needs
+        `activate_past_recording` to have been called before. Nothing changes if one row cannot go back.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`crop` got {tokens_to_remove}, but takes the negative number of tokens to remove; pass "
+                f"{-tokens_to_remove} to remove as many."
+            )
+        count = -tokens_to_remove
+        if count == 0 or self.state is None:
+            return
+        state, segment_length = self.state, self.state.settings.segment_length
+        history, earlier = state.history.clone(), {}
+        for index, row in enumerate(state.rows):
+            target = row.seen - count
+            if target < 0 or count > max(segment_length, row.seen if row.window_start == 0 else 0):
+                raise ValueError(
+                    f"`crop` was asked to remove {count} of {row.seen} tokens, but at most the last segment_length = "
+                    f"{segment_length} tokens can be taken back; read the sequence again up to the token you want."
+                )
+            end = row.seen - row.window_start
+            history[index] = shorten_history(history[index], state.window_ids[index, end - count : end])
+            if row.window_start and target < row.window_start + segment_length:
+                before = self.journal[index] if self.journal else None
+                if before is None:
+                    raise ValueError(
+                        f"`crop` was asked to remove {count} tokens, but the memory was consolidated "
+                        f"{end - segment_length} tokens ago and the state before was not kept; call "
+                        "`cache.activate_past_recording()` before reading."
+                    )
+                earlier[index] = before[0].select([before[1]])
+        conv_inputs = state.conv_inputs
+        if conv_inputs.shape[1]:
+            conv_inputs = F.pad(conv_inputs, (0, 0, count, 0))[:, : conv_inputs.shape[1]]
+        targets = [row.seen - count for row in state.rows]
+        for index, before in earlier.items():
+            state = state.replaced([index], before)
+            self.journal[index] = None
+        rows = [replace(row, seen=target) for row, target in zip(state.rows, targets, strict=True)]
+        self.state = replace(state, rows=rows, history=history, conv_inputs=conv_inputs).cleared()
+
+
+class SinkWindowLayer(StateBankLayer):
+    """Cache layer of `"sink_window_attention"`: the same state without slots."""
+
+    _layer_type = "sink_window_attention"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CACHE_LAYERS = {layer._layer_type: layer for layer in (StateBankLayer, SinkWindowLayer)}
+
+
+class StateBankCache(Cache):
+    """
+    The bounded memory of a BWR-DNC model, its `past_key_values`.
+
+    Its size does not grow with what was read. Keep it, save it and load it in another process, fork it (`clone`), put
+    several into one batch (`stack`), look into it (`memory_report`, `tokens`), and edit it (`pin`, `forget`).
+
+    Example:
+
+    ```python
+    >>> cache = StateBankCache(config=model.config)
+    >>> model(**tokenizer(long_text, return_tensors="pt"), past_key_values=cache, logits_to_keep=1)
+    >>> cache.save_pretrained("memory_of_that_text")
+    >>> later = StateBankCache.from_pretrained("memory_of_that_text", config=model.config)
+    >>> model.generate(**tokenizer(question, return_tensors="pt"), past_key_values=later)
+    ```
+    """
+
+    def __init__(self, config: BwrDncConfig | None = None, layers: list[StateBankLayer] | None = None):
+        """From the `config` of a model, empty; or around existing cache `layers`."""
+        if (config is None) == (layers is None):
+            raise ValueError("StateBankCache takes either the model's `config` or existing `layers`, not both or neither.")
+        if layers is None:
+            layers = [_CACHE_LAYERS[kind]() for kind in config.get_text_config(decoder=True).layer_types]
+        super().__init__(layers=layers)
+        # The model that writes this cache, or, once loaded, the fingerprint of the weights that wrote it.
+        self._writer: weakref.ref | None = None
+        self._loaded_fingerprint: str | None = None
+
+    @classmethod
+    def wrap(cls, cache: Cache) -> "StateBankCache":
+        """The same layers as a `StateBankCache`. Raises `ValueError` for a cache of any other kind."""
+        layers = getattr(cache, "layers", None)
+        kinds = {getattr(layer, "_layer_type", None) for layer in layers} if layers else {None}
+        if not kinds <= set(LAYER_TYPES) or any(not hasattr(layer, "journal") for layer in layers):
+            raise ValueError(
+                f"`past_key_values` is a {type(cache).__name__} with layers of type {sorted(map(str, kinds))}, but a BWR-DNC "
+                f"model keeps its memory in layers of type {LAYER_TYPES}; pass `StateBankCache(config=model.config)`, or "
+                "nothing, and leave `cache_implementation` unset."
+            )
+        if getattr(cache, "offloading", False):
+            raise ValueError(
+                "`past_key_values` asks for offloading, but the memory of a BWR-DNC model is bounded and stays on its "
+                "device; leave `cache_implementation` unset."
+            )
+        if isinstance(cache, cls):
+            return cache
+        wrapped = cls(layers=layers)
+        for name in ("_writer", "_loaded_fingerprint", "_is_user_defined"):
+            if hasattr(cache, name):
+                setattr(wrapped, name, getattr(cache, name))
+        return wrapped
+
+    def written_by(self, model: torch.nn.Module) -> None:
+        """Note the model about to write. Raises `ValueError` if other weights wrote the state that was loaded."""
+        if self._writer is not None and self._writer() is model:
+            return
+        if self._loaded_fingerprint is not None and self.states:
+            fingerprint = fingerprint_weights(model)
+            if fingerprint != self._loaded_fingerprint:
+                raise ValueError(
+                    f"The state was written by a model whose weights have the fingerprint {self._loaded_fingerprint}, but this "
+                    f"model's is {fingerprint}; a memory is only meaningful to the weights that wrote it. Load it with those, "
+                    "in the same precision."
+                )
+        self._writer = weakref.ref(model)
+
+    @property
+    def weights_fingerprint(self) -> str | None:
+        """Fingerprint of the weights that wrote this state, None if unknown."""
+        model = self._writer() if self._writer is not None else None
+        return self._loaded_fingerprint if model is None else fingerprint_weights(model)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_loaded_fingerprint": self.weights_fingerprint, "_writer": None}
+
+    # ------------------------------------------------------------------------------------------------- size and rows
+
+    @property
+    def states(self) -> list[BankState]:
+        """The state of every layer; empty before the first token."""
+        return [layer.state for layer in self.layers if layer.state is not None]
+
+    @property
+    def rows(self) -> list[RowState]:
+        """Counters of every row, equal in all layers but for the slots."""
+        return self.layers[0].state.rows if self.states else []
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, by the widest row."""
+        return self.layers[layer_idx].get_seq_length()
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held; constant once every level is full."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def history(self) -> torch.Tensor | None:
+        """Rolling hash of the token ids each row has read, [B] int64."""
+        return self.layers[0].state.history if self.states else None
+
+    def detach(self) -> "StateBankCache":
+        """Cut the gradient: what was read so far becomes a constant (truncated back-propagation through time)."""
+        for layer in self.layers:
+            if layer.state is not None:
+                layer.state = layer.state.map(torch.Tensor.detach)
+        return self
+
+    def clone(self) -> "StateBankCache":
+        """An independent copy, that can be continued differently."""
+        cloned = copy.copy(self)
+        cloned.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in cloned.layers:
+            layer.journal = list(layer.journal)
+            if layer.state is not None:
+                layer.state = layer.state.map(torch.Tensor.clone)
+        return cloned
+
+    def to(self, device: torch.device | str) -> "StateBankCache":
+        """Move every tensor to a device, in place."""
+        for layer in self.layers:
+            layer._on_device(device)
+        return self
+
+    @staticmethod
+    def stack(caches: "list[StateBankCache]") -> "StateBankCache":
+        """One batch of the rows of several caches, which may stand at different positions."""
+        if not caches or any(not cache.states for cache in caches):
+            raise ValueError("StateBankCache.stack takes at least one cache, and each must have read at least one token.")
+        first = caches[0]
+        for cache in caches[1:]:
+            _require_same_settings(first, cache)
+        stacked = StateBankCache(layers=[type(layer)() for layer in first.layers])
+        stacked._writer, stacked._loaded_fingerprint = first._writer, first._loaded_fingerprint
+        for index, layer in enumerate(stacked.layers):
+            layer.state = BankState.stack([cache.layers[index].state for cache in caches])
+        return stacked
+
+    def unstack(self) -> "list[StateBankCache]":
+        """One cache per row, independent of this one."""
+        caches = []
+        for row in range(len(self.rows)):
+            cache = copy.copy(self)
+            cache.layers = [copy.copy(layer) for layer in self.layers]
+            for layer in cache.layers:
+                layer.select([row])
+            caches.append(cache)
+        return caches
+
+    # ---------------------------------------------------------------------------------------------- reading, editing
+
+    def memory_report(self) -> list[dict]:
+        """
+        What every layer, level and row of the memory holds.
+
+        Returns dicts with `layer`, `level`, `row`, `used` and `capacity` (slots per key/value head), and means over the
+        held slots of all heads: `mass` (source tokens per slot), `salience` (logit), `usage` (decayed share of attention),
+        `age` (tokens since its latest source). Means are 0.0 where nothing is held.
+        """
+        report = []
+        for index, state in enumerate(layer.state for layer in self.layers):
+            if state is None or not any(state.settings.memory_slots):
+                continue
+            for row_index, row in enumerate(state.rows):
+                slots = _slots_of_row(state, row_index)
+                for level, capacity in enumerate(state.settings.memory_slots):
+                    held = (slots.level == level) & (slots.mass > 0)
+                    count = held.sum().item()
+
+                    def mean(values, held=held, count=count):
+                        return values[held].double().mean().item() if count else 0.0
+
+                    report.append(
+                        {
+                            "layer": index,
+                            "level": level,
+                            "row": row_index,
+                            "used": count // held.shape[1] if count % held.shape[1] == 0 else count / held.shape[1],
+                            "capacity": capacity,
+                            "mass": mean(slots.mass),
+                            "salience": mean(slots.salience),
+                            "usage": mean(slots.usage),
+                            "age": mean(row.seen - 1 - slots.time),
+                        }
+                    )
+        return report
+
+    def tokens(self, row: int = 0) -> list[dict]:
+        """
+        What each held slot of a row stands for, in order of time.
+
+        Returns dicts with `layer`, `head` (key/value head), `level`, `positions` (source positions), `token_ids` (-1 where
+        the model was given embeddings), `salience` and `usage`. Sinks and the window are held besides, exactly.
+        """
+        held = []
+        for index, state in enumerate(layer.state for layer in self.layers):
+            if state is None:
+                continue
+            slots = _slots_of_row(state, row)
+            columns = [getattr(slots, name)[0].tolist() for name in _SLOT_COLUMNS]
+            for head, per_head in enumerate(zip(*columns, strict=True)):
+                for level, salience, usage, positions, token_ids in zip(*per_head, strict=True):
+                    sources = [i for i, position in enumerate(positions) if position >= 0]
+                    if sources:
+                        held.append(
+                            {
+                                "layer": index,
+                                "head": head,
+                                "level": level,
+                                "positions": [positions[i] for i in sources],
+                                "token_ids": [token_ids[i] for i in sources],
+                                "salience": salience,
+                                "usage": usage,
+                            }
+                        )
+        return held
+
+    def pin(self, start: int, end: int, row: int | None = None) -> None:
+        """
+        Never demote the tokens at positions `start` to `end` (exclusive) of a row, or of every row.
+
+        The span may lie ahead of what was read. Raises `ValueError` if part of it has been demoted already, or if the
+        pinned spans do not fit the raw slots.
+        """
+        if not 0 <= start < end:
+            raise ValueError(f"`pin` got the span [{start}, {end}), but needs 0 <= start < end, in token positions.")
+        for state in self._banks("pin"):
+            for index in range(len(state.rows)) if row is None else [row]:
+                counters, settings = state.rows[index], state.settings
+                spans = (*counters.pinned, (start, end))
+                pinned = {position for first, last in spans for position in range(first, last)}
+                count = sum(position >= settings.num_sink_tokens for position in pinned)
+                if count > settings.memory_slots[0]:
+                    raise ValueError(
+                        f"`pin` would hold {count} tokens, but a layer has {settings.memory_slots[0]} raw slots; pin a shorter "
+                        "span, or give the model more (`memory_slots`)."
+                    )
+                outside = torch.arange(start, max(start, min(end, counters.window_start)), device=state.keys.device)
+                raw = _prefix_of_row(state, index)
+                sources = raw.positions[0, :, :, 0].masked_fill((raw.level[0] > 0) | (raw.mass[0] > 1), -1)
+                if not all(torch.isin(outside, head).all() for head in sources):
+                    raise ValueError(
+                        f"`pin` got the span [{start}, {end}), but part of it has been compressed or forgotten already; pin a "
+                        "span before it leaves the raw slots."
+                    )
+        for state in self._banks("pin"):
+            for index in range(len(state.rows)) if row is None else [row]:
+                state.rows[index] = replace(state.rows[index], pinned=(*state.rows[index].pinned, (start, end)))
+
+    def forget(self, start: int, end: int, row: int | None = None) -> None:
+        """
+        Remove every entry that stems from the positions `start` to `end` (exclusive) of a row, or of every row.
+
+        A compressed slot goes as a whole when one of its sources is in the span. What later tokens had already taken over
+        from them while reading stays in those tokens.
+        """
+        if not 0 <= start < end:
+            raise ValueError(f"`forget` got the span [{start}, {end}), but needs 0 <= start < end, in token positions.")
+        for layer in self.layers:
+            if layer.state is not None:
+                layer.state = _forget_span(layer.state, start, end, row)
+                layer.journal = []
+
+    def _banks(self, operation: str) -> list[BankState]:
+        banks = [state for state in self.states if any(state.settings.memory_slots)]
+        if not banks:
+            raise ValueError(f"`{operation}` needs a cache that a model with memory slots has read into; read first.")
+        return banks
+
+    # ----------------------------------------------------------------------------------------------------------- files
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """
+        Write the memory to a folder: `state_bank.json`, and the tensors in a safetensors file that it names.
+
+        Either the new state is complete or the old one stays: files are written under temporary names, synced, renamed, and
+        the JSON, which holds the sha256 of the tensors, comes last.
+        """
+        if not self.states:
+            raise ValueError("`save_pretrained` got an empty cache; read at least one token first.")
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"`save_directory` is {str(folder)!r}, which is a file; name a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for index, state in enumerate(self.states):
+            named = state.tensors().items()
+            derived = BankState.DERIVED
+            tensors |= {f"{index}.{name}": value.detach().contiguous() for name, value in named if name not in derived}
+        blob = save_safetensors(tensors)
+        digest = hashlib.sha256(blob).hexdigest()
+        description = {
+            "format": "bwr_dnc_state_bank",
+            "version": FORMAT_VERSION,
+            "tensors": f"state_bank-{digest[:16]}.safetensors",
+            "sha256": digest,
+            "weights_fingerprint": self.weights_fingerprint,
+            "layer_types": [layer._layer_type for layer in self.layers],
+            "settings": [asdict(state.settings) for state in self.states],
+            "rows": [[asdict(row) for row in state.rows] for state in self.states],
+        }
+        _write_atomically(folder / description["tensors"], blob)
+        _write_atomically(folder / STATE_FILE, json.dumps(description, indent=1).encode())
+        for old in folder.glob("state_bank-*.safetensors"):
+            if old.name != description["tensors"]:
+                old.unlink()
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs) -> str:
+        """Save into a repository of the Hub (created if missing). The state holds the token ids it remembers."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns="state_bank-*", **kwargs))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        config: BwrDncConfig | None = None,
+        device: torch.device | str = "cpu",
+        **kwargs,
+    ) -> "StateBankCache":
+        """
+        Load a memory from a folder or a Hub repository (`kwargs` go to the download).
+
+        Args:
+            config: of the model that will read it; checked against the state when given.
+
+        Raises `ValueError`, naming what differs, for truncated, altered, foreign or mismatched files. That the same weights
+        wrote the state is checked when a model first reads it.
+        """
+        source = str(pretrained_model_name_or_path)
+        if os.path.isdir(source) and not os.path.isfile(os.path.join(source, STATE_FILE)):
+            raise ValueError(f"{source!r} has no {STATE_FILE}; name a folder written by `StateBankCache.save_pretrained`.")
+        path = cached_file(source, STATE_FILE, **kwargs)
+        try:
+            description = json.loads(Path(path).read_bytes())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no JSON ({error}); the file is damaged, restore it from a copy.") from None
+        if not isinstance(description, dict) or description.get("format") != "bwr_dnc_state_bank":
+            raise ValueError(f"{path} does not describe a BWR-DNC state bank; name a folder written by `save_pretrained`.")
+        if description.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {description.get('version')!r}, but this code reads {FORMAT_VERSION}; "
+                "use the version of the code that wrote it."
+            )
+        try:
+            tensors_path = cached_file(source, description["tensors"], **kwargs)
+            blob = Path(tensors_path).read_bytes()
+            digest = hashlib.sha256(blob).hexdigest()
+            if digest != description["sha256"]:
+                raise ValueError(
+                    f"{tensors_path} has sha256 {digest[:16]}..., but {STATE_FILE} says {description['sha256'][:16]}...: the "
+                    "tensors are truncated or altered; restore both files from a copy."
+                )
+            cache = cls(layers=[_CACHE_LAYERS[kind]() for kind in description["layer_types"]])
+            tensors = load_safetensors(blob)
+            for index, layer in enumerate(cache.layers):
+                layer.state = _state_from_files(description, tensors, index)
+        except (KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"{path} is damaged or incomplete ({type(error).__name__}: {error}); restore the folder from a copy."
+            ) from error
+        cache._loaded_fingerprint = description["weights_fingerprint"]
+        if config is not None:
+            check_matches_config(cache, config)
+        return cache.to(device)
+
+
+_SLOT_COLUMNS = ("level", "salience", "usage", "positions", "token_ids")
+
+
+def _prefix_of_row(state: BankState, row: int) -> Entries:
+    """Entries before the window of one row, batch of one."""
+    return state.entries.map(lambda tensor: tensor[row : row + 1, :, : state.num_prefix(row)])
+
+
+def _slots_of_row(state: BankState, row: int) -> Entries:
+    """Slots of one row, without its sinks, batch of one."""
+    num_sinks = state.num_prefix(row) - state.rows[row].num_slots
+    return _prefix_of_row(state, row).map(lambda tensor: tensor[:, :, num_sinks:])
+
+
+def _forget_span(state: BankState, start: int, end: int, row: int | None) -> BankState:
+    state = state.map(torch.Tensor.clone).with_holes()
+    chosen = torch.zeros(len(state.rows), dtype=torch.bool)
+    chosen[slice(None) if row is None else row] = True
+    chosen = chosen.to(state.keys.device)
+    positions = state.entries.positions
+    gone = ((positions >= start) & (positions < end)).any(-1) & chosen[:, None, None]  # [B, G, N]
+    everywhere = F.pad(gone, (0, state.keys.shape[2] - gone.shape[2]))
+    for index, counters in enumerate(state.rows):
+        if not chosen[index]:
+            continue
+        offset = state.num_prefix(index) - counters.window_start
+        first, last = max(start, counters.window_start), min(end, counters.seen)
+        if first < last:
+            everywhere[index, :, offset + first : offset + last] = True
+            state.holes[index, :, offset + first : offset + last] = MASKED
+            window = slice(first - counters.window_start, last - counters.window_start)
+            state.window_salience[index, :, window] = 0
+            state.window_ids[index, window] = -1
+            segment_start = counters.seen - 1 - (counters.seen - 1) % state.settings.segment_length
+            stored = [i for i in range(state.queries.shape[2]) if first <= segment_start + QUERY_STRIDE * i < last]
+            state.queries[index, :, stored] = 0
+            if state.conv_inputs.shape[1]:
+                newest = state.conv_inputs.shape[1] - counters.seen
+                state.conv_inputs[index, max(newest + first, 0) : max(newest + last, 0)] = 0
+    entries = state.entries
+    for name in ("salience", "salience_bias", "usage"):
+        getattr(entries, name).masked_fill_(gone, 0)
+    for name in ("positions", "token_ids"):
+        getattr(entries, name).masked_fill_(gone[..., None], -1)
+    for tensor in (state.keys, state.values):
+        tensor.masked_fill_(everywhere[..., None], 0)
+    return replace(state, rotated=None, key_bias=None)
+
+
+def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
+    """Raise `ValueError`, naming what differs, unless a model of this `config` can continue `cache`."""
+    kinds = [layer._layer_type for layer in cache.layers]
+    if kinds != list(config.layer_types):
+        raise ValueError(f"The state has layers {kinds}, but the model has {config.layer_types}; use the model that made it.")
+    for index, state in enumerate(cache.states):
+        found = {
+            "segment_length": state.settings.segment_length,
+            "num_sink_tokens": state.settings.num_sink_tokens,
+            "num_key_value_heads": state.keys.shape[1],
+            "head_dim": state.keys.shape[3],
+            "num_attention_heads": state.queries.shape[1],
+            "short_conv_kernel": max(state.conv_inputs.shape[1] - state.settings.segment_length + 1, 0),
+        }
+        for name, value in found.items():
+            if value != getattr(config, name):
+                raise ValueError(
+                    f"The state has {name} = {value} (layer {index}), but the model has {getattr(config, name)}; use the "
+                    "model, and the settings, that made the state."
+                )
+
+
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """Digest of the names, shapes, types and a sample of the values of all parameters (not of every value)."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.device.type != "meta":
+            flat = parameter.detach().reshape(-1)
+            digest.update(flat[:: max(flat.numel() // 16, 1)][:17].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _require_same_settings(first: StateBankCache, other: StateBankCache) -> None:
+    if len({first.weights_fingerprint, other.weights_fingerprint} - {None}) > 1:
+        raise ValueError("The caches to stack were written by models with different weights; stack those of one model.")
+    if len(first.layers) != len(other.layers):
+        raise ValueError(f"The caches to stack have {len(first.layers)} and {len(other.layers)} layers.")
+    for index, (mine, theirs) in enumerate(zip(first.states, other.states, strict=True)):
+        if mine.settings != theirs.settings or mine.keys.dtype != theirs.keys.dtype:
+            raise ValueError(
+                f"The caches to stack differ in layer {index}: {mine.settings}, {mine.keys.dtype} against {theirs.settings}, "
+                f"{theirs.keys.dtype}; stack caches of one model and one setting."
+            )
+
+
+def _state_from_files(description: dict, tensors: dict[str, torch.Tensor], index: int) -> BankState:
+    settings = dict(description["settings"][index])
+    for name in ("memory_slots", "routing_thresholds"):
+        settings[name] = tuple(settings[name])
+    rows = [
+        RowState(
+            row["seen"],
+            row["window_start"],
+            tuple(row["slot_counts"]),
+            tuple(tuple(span) for span in row["pinned"]),
+        )
+        for row in description["rows"][index]
+    ]
+    prefix = f"{index}."
+    named = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    entries = Entries(**{item.name: named.pop(f"entries.{item.name}") for item in fields(Entries)})
+    return BankState(settings=BankSettings(**settings), rows=rows, entries=entries, **named)
+
+
+def _write_atomically(path: Path, blob: bytes) -> None:
+    """Write to a temporary name beside `path`, sync, rename; `path` is never seen half written."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
