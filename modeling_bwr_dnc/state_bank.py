@@ -736,9 +736,10 @@ class StateBankCache(Cache):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for index, state in enumerate(self.states):
-            named = state.tensors().items()
-            derived = BankState.DERIVED
-            tensors |= {f"{index}.{name}": value.detach().contiguous() for name, value in named if name not in derived}
+            for name, tensor in state.tensors().items():
+                if name not in BankState.DERIVED:
+                    # Copies, since layers share their histories and the format forbids sharing.
+                    tensors[f"{index}.{name}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
         blob = save_safetensors(tensors)
         digest = hashlib.sha256(blob).hexdigest()
         description = {
