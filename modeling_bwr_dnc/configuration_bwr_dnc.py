@@ -15,6 +15,13 @@ RETENTION_SCORES = (
     "recency",
     "random",
 )
+AUTO_MAP = {
+    "AutoConfig": "configuration_bwr_dnc.BwrDncConfig",
+    "AutoModel": "modeling_bwr_dnc.BwrDncModel",
+    "AutoModelForCausalLM": "modeling_bwr_dnc.BwrDncForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_bwr_dnc.BwrDncForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_bwr_dnc.BwrDncForTokenClassification",
+}
 
 
 @strict
@@ -122,6 +129,9 @@ class BwrDncConfig(PreTrainedConfig):
         self.memory_slots = list(self.memory_slots)
         self.routing_thresholds = list(self.routing_thresholds)
         super().__post_init__(**kwargs)
+        if getattr(self, "auto_map", None) is None:
+            # Saving a model only adds its own class; whoever loads the folder may want another.
+            self.auto_map = dict(AUTO_MAP)
         # `@strict` runs these again, but wraps what they raise into an error that is no `ValueError`.
         self.validate_architecture()
         self.validate_layer_type()
