@@ -36,7 +36,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .bank_reader import BankReader, Call, RotaryTable, Sequences, Tokens, refreshed
@@ -418,7 +418,6 @@ class BwrDncModel(BwrDncPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -438,7 +437,9 @@ class BwrDncModel(BwrDncPreTrainedModel):
             input_ids [B, T], or inputs_embeds [B, T, hidden].
             attention_mask [B, T] of these tokens, or [B, past + T]: 0 marks padding, wherever it stands.
             position_ids [B, T]: only mark where packed documents start, by being 0 on a real token.
-            past_key_values: a `StateBankCache`, or any cache made of its layers. Updated in place and returned.
+            past_key_values: a `StateBankCache`, or any cache made of its layers. It is updated and returned; with gradients its
+                new tensors carry them, and the old ones are left as they were.
+            use_cache: whether to keep state; by default `config.use_cache`, and not under gradient checkpointing.
             use_memory: `False` reads sinks and window only; defaults to `config.use_memory`.
             retention_noise_seed: in training, seeds Gumbel noise on which entries stay; pass the step number.
         """
@@ -446,6 +447,9 @@ class BwrDncModel(BwrDncPreTrainedModel):
             raise ValueError("`forward` takes either `input_ids` or `inputs_embeds`, and exactly one of them.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        is_checkpointing = self.gradient_checkpointing and self.training
+        if use_cache is None:
+            use_cache = self.config.use_cache and not is_checkpointing
         cache = None
         if past_key_values is not None:
             cache = StateBankCache.wrap(past_key_values)
@@ -490,7 +494,8 @@ class BwrDncModel(BwrDncPreTrainedModel):
         for index, decoder_layer in enumerate(self.layers):
             cache_layer = None if cache is None else cache.layers[index]
             state = None if cache_layer is None else cache_layer.state
-            if state is not None and not call.keeps_state:
+            if state is not None and (is_checkpointing or not call.keeps_state):
+                # The layer may run twice, or must leave no trace.
                 state = state.map(torch.Tensor.clone)
             hidden_states, state = decoder_layer(hidden_states, call=call, state=state, layer=cache_layer)
             if call.keeps_state and cache_layer is not None:

@@ -413,15 +413,15 @@ class StateBankLayer(CacheLayerMixin):
                 )
             end = row.seen - row.window_start
             history[index] = shorten_history(history[index], state.window_ids[index, end - count : end])
-            if row.window_start and target < row.window_start + segment_length:
-                before = self.journal[index] if self.journal else None
-                if before is None:
-                    raise ValueError(
-                        f"`crop` was asked to remove {count} tokens, but the memory was consolidated "
-                        f"{end - segment_length} tokens ago and the state before was not kept; call "
-                        "`cache.activate_past_recording()` before reading."
-                    )
+            boundary = row.window_start + segment_length if row.window_start else -1
+            before = self.journal[index] if self.journal else None
+            if target <= boundary and before is not None:
                 earlier[index] = before[0].select([before[1]])
+            elif target < boundary:
+                raise ValueError(
+                    f"`crop` was asked to remove {count} tokens, but the memory was consolidated {row.seen - boundary} tokens ago "
+                    "and the state before was not kept; call `cache.activate_past_recording()` before reading."
+                )
         conv_inputs = state.conv_inputs
         if conv_inputs.shape[1]:
             conv_inputs = F.pad(conv_inputs, (0, 0, count, 0))[:, : conv_inputs.shape[1]]
