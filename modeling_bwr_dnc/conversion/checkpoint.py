@@ -1,0 +1,145 @@
+"""From a pretrained checkpoint to a folder that holds everything its BWR-DNC model needs."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from modeling_bwr_dnc.conversion.llama_family import (
+    EqualityProof,
+    converted_config,
+    prove_equality,
+    source_window,
+    transfer_weights,
+)
+from modeling_bwr_dnc.conversion.memory_adapter import load_memory_adapter
+from modeling_bwr_dnc.conversion.model_card import write_model_card
+from modeling_bwr_dnc.conversion.sources import load_source
+from modeling_bwr_dnc.evaluation.reading import python_manual
+
+RECORD_FILE = "conversion.json"
+
+
+@dataclass
+class Conversion:
+    """What a conversion did; saved beside the model as `conversion.json`.
+
+    Attributes:
+        source: name of the folder, file or repository that was converted.
+        segment_length, num_sink_tokens, memory_slots, layer_types, dtype: what the converted model was given.
+        lossless_length: tokens up to which it equals full attention.
+        num_parameters: all parameters, tied ones once.
+        num_memory_parameters: those of the memory, which the source does not have.
+        memory_adapter: names of the memory parameters that came from an adapter; the others are neutral.
+        notices: what the user should know about this source.
+        proof: the measured equality with the source, `None` if it was not asked for.
+    """
+
+    source: str
+    segment_length: int
+    num_sink_tokens: int
+    memory_slots: list[int]
+    layer_types: list[str]
+    dtype: str
+    lossless_length: int
+    num_parameters: int
+    num_memory_parameters: int
+    memory_adapter: list[str]
+    notices: list[str]
+    proof: EqualityProof | None
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output: str | Path,
+    *,
+    segment_length: int | None = None,
+    num_sink_tokens: int | None = None,
+    memory_slots: list[int] | None = None,
+    layer_types: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_adapter: str | Path | None = None,
+    card: str | Path | None = None,
+    allow_sliding_window: bool = False,
+    prove: bool = True,
+    overwrite: bool = False,
+) -> Conversion:
+    """Convert `source`, prove that the result equals it, and only then write `output`.
+
+    The folder holds the weights (safetensors), config, generation config, tokenizer with its chat template, model card,
+    the record of the conversion, and the Python files with which it loads elsewhere (`trust_remote_code=True`).
+
+    Args:
+        source: a local folder, a Hub name or a `.gguf` file of a Llama, Mistral, Qwen2, Qwen3 or SmolLM model.
+        output: the folder to write; it appears only when complete.
+        segment_length, num_sink_tokens, memory_slots, layer_types, allow_sliding_window: see `converted_config`.
+        dtype: type of the saved weights; `None` keeps the source's (float32 for GGUF).
+        memory_adapter: safetensors file of trained memory parameters, see `load_memory_adapter`.
+        card: a model card to use as README.md; `None` writes one.
+        prove: measure equality with the source. Without it nothing is compared.
+        overwrite: replace `output` if it exists.
+
+    Raises:
+        ValueError: if the source cannot be read or equalled, or `output` exists.
+    """
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists already; choose another folder, or overwrite it (--overwrite)")
+    if card is not None and not Path(card).is_file():
+        raise ValueError(f"no model card at {card}")
+
+    original = load_source(source, dtype)
+    config = converted_config(
+        original.model.config, segment_length, num_sink_tokens, memory_slots, layer_types, allow_sliding_window
+    )
+    model = transfer_weights(original.model, config)
+    adapted = [] if memory_adapter is None else load_memory_adapter(model, memory_adapter)
+    proof = prove_equality(original.model, model, original.tokenizer, python_manual()) if prove else None
+    memory_sizes = [p.numel() for name, p in model.named_parameters() if ".memory." in name]
+    record = Conversion(
+        source=original.name,
+        segment_length=config.segment_length,
+        num_sink_tokens=config.num_sink_tokens,
+        memory_slots=list(config.memory_slots),
+        layer_types=config.layer_types,
+        dtype=str(model.dtype).removeprefix("torch."),
+        lossless_length=config.lossless_length,
+        num_parameters=model.num_parameters(),
+        num_memory_parameters=sum(memory_sizes),
+        memory_adapter=adapted,
+        notices=_notices(original, config.lossless_length),
+        proof=proof,
+    )
+
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    if original.tokenizer is not None:
+        # The source's limit on the length of a text no longer holds.
+        original.tokenizer.model_max_length = int(1e30)
+        original.tokenizer.save_pretrained(partial)
+    (partial / RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    if card is not None:
+        shutil.copyfile(card, partial / "README.md")
+    else:
+        write_model_card(partial / "README.md", original, record)
+    if output.exists():
+        shutil.rmtree(output)
+    os.replace(partial, output)
+    return record
+
+
+def _notices(original, lossless_length: int) -> list[str]:
+    notices = []
+    window = source_window(original.model.config)
+    if window is not None:
+        notices.append(
+            f"The source sees a sliding window of {window} tokens; the converted model sees its bank as well, so beyond "
+            f"that length the two differ (tested up to {min(window, lossless_length)} tokens)."
+        )
+    if original.tokenizer is None:
+        notices.append("The source has no tokenizer; add one to the folder before using it with text.")
+    return notices

@@ -1,0 +1,95 @@
+"""Publishing a model folder: check that it loads for strangers, and stage exactly the files that belong on the Hub."""
+
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard
+from transformers.dynamic_module_utils import get_relative_import_files
+from yaml import YAMLError
+
+# Everything else in the folder (states, optimizers, notes, secrets) stays at home.
+PUBLISHED = (
+    "README.md",
+    "LICENSE*",
+    "config.json",
+    "generation_config.json",
+    "conversion.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "*.py",
+    "*.png",
+)
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Make sure that a stranger could load this folder with `trust_remote_code=True`.
+
+    Raises:
+        ValueError: if the folder, its weights, a code file that it refers to, or the card's metadata is missing.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model folder (it holds no config.json)")
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds no weights (*.safetensors)")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not config.get("auto_map"):
+        raise ValueError(f"{folder}/config.json names no code files (auto_map); save the model with save_pretrained")
+    for reference in config["auto_map"].values():
+        module = folder / f"{reference.rpartition('--')[2].partition('.')[0]}.py"
+        if not module.is_file():
+            raise ValueError(f"{folder} lacks {module.name}, which its config.json refers to")
+        try:
+            get_relative_import_files(module)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} lacks {Path(error.filename).name}, which {module.name} imports") from error
+    _check_card(folder / "README.md")
+
+
+def _check_card(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no model card (README.md)")
+    try:
+        data = ModelCard(path.read_text(encoding="utf-8")).data.to_dict()
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"the metadata of {path} cannot be read: {str(error).splitlines()[0]}") from error
+    for key in ("library_name", "pipeline_tag"):
+        if key not in data:
+            raise ValueError(f"the metadata of {path} lacks {key!r}")
+
+
+def stage_model_folder(folder: str | Path, staging: str | Path) -> list[Path]:
+    """Check `folder` and copy the files to publish into the new folder `staging`; returns them, sorted by name.
+
+    Raises:
+        ValueError: as `check_model_folder` does, or if `staging` exists and is not empty.
+    """
+    folder, staging = Path(folder), Path(staging)
+    check_model_folder(folder)
+    if staging.exists() and any(staging.iterdir()):
+        raise ValueError(f"{staging} is not empty; choose another folder")
+    staging.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PUBLISHED):
+            shutil.copyfile(path, staging / path.name)
+    return sorted(staging.iterdir())
+
+
+def upload_model_folder(
+    staging: str | Path, repo_id: str, private: bool = False, message: str = "Upload BWR-DNC model"
+) -> str:
+    """Upload a staged folder to the Hub, where it becomes `repo_id`; returns its address."""
+    api = HfApi()
+    address = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message=message)
+    return str(address)

@@ -1,0 +1,63 @@
+"""Memory adapters: the trained memory parameters of a model, without the base weights they were trained on.
+
+An adapter is one safetensors file that holds only tensors whose names contain ".memory." (salience, routing, compressor).
+It is small, and it is all that training the memory of a frozen checkpoint changes.
+"""
+
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+MEMORY_MARK = ".memory."
+
+
+def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
+    """Write the model's memory parameters to `path` and return their names.
+
+    Raises:
+        ValueError: if the model has no memory parameters.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if MEMORY_MARK in name}
+    if not tensors:
+        raise ValueError("the model has no memory parameters; give it at least one 'state_bank_attention' layer")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt", "model_type": model.config.model_type})
+    os.replace(partial, path)
+    return sorted(tensors)
+
+
+def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
+    """Copy the adapter's tensors into the model and return their names; memory parameters it lacks stay as they are.
+
+    Raises:
+        ValueError: if the file cannot be read, holds a tensor that is no memory parameter of this model, holds one in
+            another shape, or holds numbers that are not finite. The model is then unchanged.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the memory adapter {path} could not be read: {error}") from error
+    if not tensors:
+        raise ValueError(f"the memory adapter {path} is empty")
+    places = {name: place for name, place in model.state_dict().items() if MEMORY_MARK in name}
+    for name, tensor in tensors.items():
+        if MEMORY_MARK not in name:
+            raise ValueError(
+                f"the memory adapter {path} holds {name!r}, which is no memory parameter ('{MEMORY_MARK}')"
+            )
+        if name not in places:
+            raise ValueError(f"the memory adapter {path} holds {name!r}, which this model does not have")
+        if tensor.shape != places[name].shape:
+            raise ValueError(
+                f"the memory adapter's {name!r} has shape {tuple(tensor.shape)}, the model's {tuple(places[name].shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"the memory adapter's {name!r} holds numbers that are not finite")
+    for name, tensor in tensors.items():
+        places[name].copy_(tensor)
+    return sorted(tensors)

@@ -1,0 +1,1 @@
+"""Measuring a model and looking into its memory."""

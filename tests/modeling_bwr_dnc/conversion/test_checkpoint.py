@@ -1,0 +1,148 @@
+"""A conversion leaves a complete folder, or none."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_bwr_dnc.conversion import convert_checkpoint, load_memory_adapter, save_memory_adapter
+from tests.tiny_sources import CONFIGS, random_source, save_gguf, save_source
+
+BUDGET = {"segment_length": 8, "num_sink_tokens": 2, "memory_slots": [24, 8, 4]}
+LOAD_ELSEWHERE = """
+import sys
+sys.modules["modeling_bwr_dnc"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save(model(torch.arange(100)[None]).logits, sys.argv[2])
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save_source(tmp_path / "source")
+
+
+def test_folder_holds_model_tokenizer_card_and_record(source, tmp_path):
+    result = convert_checkpoint(source, tmp_path / "out", **BUDGET)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+        "conversion.json",
+        "configuration_bwr_dnc.py",
+        "modeling_bwr_dnc.py",
+        "memory_ops.py",
+        "state_bank.py",
+    } <= names
+    assert not (tmp_path / "out.partial").exists()
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert record["proof"]["max_difference"] == result.proof.max_difference < 1e-3
+    assert record["proof"]["rows"] == ["random tokens", "text"]
+    assert record["lossless_length"] == 40 and record["num_memory_parameters"] > 0
+
+
+def test_saved_model_equals_its_source(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "out", **BUDGET)
+    ids = torch.randint(260, (2, 40))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source)(ids).logits
+        actual = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
+
+
+def test_chat_model_keeps_template_tokens_and_generation_config(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "out", **BUDGET)
+    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "out")
+    turns = [{"role": "user", "content": "How many in 2026?"}]
+    assert after.apply_chat_template(turns) == before.apply_chat_template(turns)
+    assert (after.eos_token, after.pad_token, after.bos_token) == ("<|im_end|>", "<|im_end|>", "<|im_start|>")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.max_new_tokens == 7 and model.generation_config.eos_token_id == 259
+
+
+def test_folder_loads_in_another_directory_without_the_package(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "out", **BUDGET)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    subprocess.run(
+        [sys.executable, "-I", "-c", LOAD_ELSEWHERE, str(tmp_path / "out"), "logits.pt"],
+        check=True,
+        cwd=elsewhere,
+        env={**os.environ, "HF_MODULES_CACHE": str(elsewhere / "modules")},
+    )
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(100)[None]).logits
+    torch.testing.assert_close(torch.load(elsewhere / "logits.pt"), expected, atol=1e-4, rtol=0)
+
+
+def test_gguf_file_becomes_a_folder(tmp_path):
+    path = save_gguf(tmp_path / "tiny.gguf", random_source(CONFIGS["llama"]))
+    result = convert_checkpoint(path, tmp_path / "out", **BUDGET)
+    assert result.dtype == "float32" and result.proof.max_difference < 1e-3
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_weights_are_saved_in_the_type_asked_for(source, tmp_path):
+    result = convert_checkpoint(source, tmp_path / "out", **BUDGET, dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for name, tensor in tensors.items() if ".memory." not in name} == {torch.bfloat16}
+    assert result.dtype == "bfloat16" and result.proof.max_difference < 1e-3
+
+
+def test_memory_adapter_is_in_the_folder(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "plain", **BUDGET)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    name = "model.layers.1.self_attn.memory.salience.weight"
+    torch.nn.init.normal_(model.get_parameter(name))
+    save_memory_adapter(model, tmp_path / "adapter.safetensors")
+    result = convert_checkpoint(source, tmp_path / "out", **BUDGET, memory_adapter=tmp_path / "adapter.safetensors")
+    adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(adapted.get_parameter(name), model.get_parameter(name))
+    assert name in result.memory_adapter and result.proof.max_difference < 1e-3
+    assert load_memory_adapter(model, tmp_path / "adapter.safetensors") == result.memory_adapter
+
+
+def test_model_card_has_valid_metadata_and_the_measured_difference(source, tmp_path):
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n")
+    result = convert_checkpoint(source, tmp_path / "out", **BUDGET)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert card.data.license == "apache-2.0" and card.data.language == ["en"]
+    assert f"{result.proof.max_difference:.2e}" in card.text and "## Limits" in card.text
+
+
+def test_given_card_is_used(source, tmp_path):
+    (tmp_path / "card.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    convert_checkpoint(source, tmp_path / "out", **BUDGET, card=tmp_path / "card.md")
+    assert (tmp_path / "out" / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
+
+
+def test_existing_output_is_replaced_only_when_asked(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists already"):
+        convert_checkpoint(source, tmp_path / "out", **BUDGET)
+    assert (tmp_path / "out" / "precious.txt").exists()
+    convert_checkpoint(source, tmp_path / "out", **BUDGET, overwrite=True)
+    assert not (tmp_path / "out" / "precious.txt").exists()
+
+
+def test_failed_conversion_leaves_nothing(source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.unknown.weight"] = torch.ones(1)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.unknown\.weight"):
+        convert_checkpoint(source, tmp_path / "out", **BUDGET)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

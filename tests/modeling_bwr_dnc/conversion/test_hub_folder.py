@@ -1,0 +1,77 @@
+"""What is published is complete, and nothing else leaves the machine."""
+
+import json
+
+import pytest
+
+from modeling_bwr_dnc.conversion import convert_checkpoint
+from modeling_bwr_dnc.conversion.hub_folder import check_model_folder, stage_model_folder
+from tests.tiny_sources import save_source
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = save_source(tmp_path / "source")
+    convert_checkpoint(
+        source, tmp_path / "out", segment_length=8, num_sink_tokens=2, memory_slots=[24, 8, 4], prove=False
+    )
+    return tmp_path / "out"
+
+
+def test_staged_folder_holds_every_file_byte_for_byte(folder, tmp_path):
+    staged = stage_model_folder(folder, tmp_path / "staged")
+    assert {path.name for path in staged} == {path.name for path in folder.iterdir()}
+    assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in staged)
+
+
+def test_private_files_stay_at_home(folder, tmp_path):
+    for name in (".env", "optimizer.pt", "notes.txt", "training_args.bin"):
+        (folder / name).write_text("secret")
+    (folder / "state").mkdir()
+    names = {path.name for path in stage_model_folder(folder, tmp_path / "staged")}
+    assert not names & {".env", "optimizer.pt", "notes.txt", "training_args.bin", "state"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no weights"),
+        ("modeling_bwr_dnc.py", "lacks modeling_bwr_dnc.py"),
+        ("memory_ops.py", "lacks memory_ops.py"),
+        ("README.md", "no model card"),
+    ],
+)
+def test_missing_file_is_named(folder, name, message):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=message):
+        check_model_folder(folder)
+
+
+def test_config_without_code_files_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="auto_map"):
+        check_model_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("# No metadata\n", "lacks 'library_name'"),
+        ("---\nlibrary_name: transformers\n---\n", "lacks 'pipeline_tag'"),
+        ("---\nlibrary_name: [unclosed\n---\n", "cannot be read"),
+    ],
+)
+def test_card_without_valid_metadata_is_refused(folder, card, message):
+    (folder / "README.md").write_text(card)
+    with pytest.raises(ValueError, match=message):
+        check_model_folder(folder)
+
+
+def test_staging_never_mixes_with_other_files(folder, tmp_path):
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "other").write_text("x")
+    with pytest.raises(ValueError, match="not empty"):
+        stage_model_folder(folder, tmp_path / "staged")

@@ -1,0 +1,102 @@
+"""A memory adapter carries the memory parameters and nothing else, and fits or is refused."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling_bwr_dnc.conversion import (
+    converted_config,
+    load_memory_adapter,
+    prove_equality,
+    save_memory_adapter,
+    transfer_weights,
+)
+from tests.tiny_sources import CONFIGS, random_source
+
+
+def converted():
+    source = random_source(CONFIGS["llama"])
+    config = converted_config(source.config, segment_length=8, num_sink_tokens=2, memory_slots=[24, 8, 4])
+    return source, transfer_weights(source, config)
+
+
+def train_memory(model):
+    """Give every memory parameter other values, as training would."""
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if ".memory." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    _, model = converted()
+    train_memory(model)
+    path = tmp_path / "adapters" / "memory.safetensors"
+    save_memory_adapter(model, path)
+    return path, model
+
+
+def test_adapter_brings_the_trained_memory_into_another_model(adapter):
+    path, trained = adapter
+    _, model = converted()
+    ids = torch.randint(259, (1, 120))
+    with torch.no_grad():
+        assert not torch.allclose(model(ids).logits, trained(ids).logits, atol=1e-3)
+        names = load_memory_adapter(model, path)
+        torch.testing.assert_close(model(ids).logits, trained(ids).logits)
+    assert names == sorted(name for name in model.state_dict() if ".memory." in name)
+
+
+def test_adapter_holds_memory_parameters_only(adapter):
+    assert all(".memory." in name for name in load_file(adapter[0]))
+
+
+def test_model_with_an_adapter_still_equals_its_source_until_full(adapter):
+    source, model = converted()
+    load_memory_adapter(model, adapter[0])
+    assert prove_equality(source, model).max_difference < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)}), "no memory parameter"),
+        (
+            lambda tensors: tensors.update({"model.layers.9.self_attn.memory.salience.weight": torch.ones(2, 32)}),
+            "layers.9",
+        ),
+        (
+            lambda tensors: tensors.update({"model.layers.0.self_attn.memory.salience.weight": torch.ones(3, 32)}),
+            r"\(3, 32\)",
+        ),
+        (lambda tensors: tensors["model.layers.0.self_attn.memory.salience.weight"].fill_(torch.nan), "not finite"),
+        (lambda tensors: tensors.clear(), "empty"),
+    ],
+)
+def test_adapter_that_does_not_fit_is_refused_and_changes_nothing(adapter, change, message):
+    path, _ = adapter
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    _, model = converted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_memory_adapter(model, path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_unreadable_adapter_is_refused(tmp_path):
+    _, model = converted()
+    with pytest.raises(ValueError, match="could not be read"):
+        load_memory_adapter(model, tmp_path / "missing.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="could not be read"):
+        load_memory_adapter(model, tmp_path / "broken.safetensors")
+
+
+def test_model_without_banks_has_no_adapter(tmp_path):
+    source = random_source(CONFIGS["llama"])
+    model = transfer_weights(source, converted_config(source.config, 8, 2, [24, 8, 4], layer_types="window"))
+    with pytest.raises(ValueError, match="no memory parameters"):
+        save_memory_adapter(model, tmp_path / "adapter.safetensors")
