@@ -1,0 +1,64 @@
+"""What the command lines share: the text to work on, loading a model, and errors as one line with exit code 2."""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_bwr_dnc import BwrDncForCausalLM, StateBankCache
+from modeling_bwr_dnc.evaluation.reading import check_text, read_text_file
+
+
+def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
+    """Parse the arguments and run the command; what the user can mend becomes one line on stderr and exit code 2."""
+    arguments = parser.parse_args()
+    quiet_libraries()
+    try:
+        command(arguments)
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the command: no progress bars of loaders, no warnings of libraries."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def load_model(name: str) -> tuple[BwrDncForCausalLM, PreTrainedTokenizerBase]:
+    """A BWR-DNC model and its tokenizer, from a folder or the Hub."""
+    path = Path(name)
+    if not path.is_dir() and (path.exists() or path.is_absolute() or name.count("/") != 1):
+        raise ValueError(f"no model folder at {name}; convert a model first (python -m scripts.convert --help)")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{name} is no model folder (it holds no config.json)")
+    return BwrDncForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def load_state(folder: str, model: BwrDncForCausalLM | None = None) -> StateBankCache:
+    """A saved StateBank, checked against the model that will read it."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"no state folder at {folder}; scripts.generate --state writes one")
+    return StateBankCache.from_pretrained(folder, config=None if model is None else model.config)
+
+
+def gather_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The text to start from: the file, then the prompt; with neither, standard input."""
+    parts = [] if prompt_file is None else [read_text_file(prompt_file)]
+    if prompt is not None:
+        parts.append(check_text(prompt.encode("utf-8", "surrogateescape"), "the prompt"))
+    if not parts:
+        if sys.stdin.isatty():
+            print("Type the text to continue, then end it with Ctrl-D:", file=sys.stderr)
+        parts.append(check_text(sys.stdin.buffer.read(), "standard input"))
+    return "\n\n".join(parts)

@@ -1,0 +1,169 @@
+"""A first run: convert SmolLM2-135M-Instruct, read a text much longer than its memory, and see what it keeps.
+
+Everything goes to demo_output/: the model (ready for the Hub), the memory, and pictures of it. Run it again and the finished
+conversion is reused.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import pipeline
+
+import modeling_bwr_dnc
+from modeling_bwr_dnc import StateBankCache
+from modeling_bwr_dnc.conversion import convert_checkpoint, obtain_smollm2
+from modeling_bwr_dnc.conversion.checkpoint import RECORD_FILE
+from modeling_bwr_dnc.conversion.hub_folder import check_model_folder
+from modeling_bwr_dnc.evaluation.inspection import draw_held_text, draw_memory, report_table
+from modeling_bwr_dnc.evaluation.reading import continue_text, python_manual, read_tokens
+from scripts.command_line import load_model, run
+
+PACKAGE = Path(modeling_bwr_dnc.__file__).parent
+CARD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-bwr-dnc.md"
+GREEDY: dict = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+QUESTION = "What is the capital of France?"
+RESUMED_PROMPT = "\n\nIn Python, a list"
+
+# Runs in a process that cannot import the package, from another directory: only the saved folder can make it work.
+STRANGER = """
+import sys
+sys.modules["modeling_bwr_dnc"] = None
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+sample = load_file(sys.argv[2])
+difference = (model(sample["ids"]).logits - sample["logits"]).abs().max().item()
+print(f"{type(model).__name__} from {type(model).__module__.split('.')[0]}: largest logit difference {difference:.1e}")
+sys.exit(difference > 1e-4)
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", default="demo_output", help="folder for everything the demo makes (demo_output)")
+    parser.add_argument("--num-tokens", type=int, default=8192, help="length of the text to read, in tokens (8192)")
+    return parser
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    output = Path(arguments.output)
+    folder, state = output / "model", output / "state"
+
+    heading("1. A pretrained model, converted")
+    prepare_model(folder)
+    model, tokenizer = load_model(str(folder))
+
+    heading("2. Reading a text much longer than its memory")
+    ids = tokenizer(python_manual(), return_tensors="pt", verbose=False).input_ids[:, : arguments.num_tokens]
+    cache = StateBankCache(config=model.config)
+    room = model.config.num_sink_tokens + sum(model.config.memory_slots) + 2 * model.config.segment_length
+    print(f"Python's manual, {ids.shape[1]:,} tokens; window, sinks and slots together have room for {room:,}.")
+    sizes = []
+    with tqdm(total=ids.shape[1], unit="tok", desc="reading") as progress:
+
+        def on_progress(num_tokens: int) -> None:
+            progress.update(num_tokens)
+            sizes.append(f"{cache.nbytes / 2**20:.1f} MiB after {cache.get_seq_length():,}")
+
+        read_tokens(model, ids[:, :-1], cache, on_progress)
+        progress.update(1)
+    print(f"Size of the memory: {', '.join(sizes)} tokens.")
+    written = continue_text(model, tokenizer, ids[:, -1:], cache, max_new_tokens=48, **GREEDY)
+    print(f"\n... {tokenizer.decode(ids[0, -40:])}>>>{tokenizer.decode(written[0])}")
+
+    heading("3. A chat question, through the ordinary pipeline")
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    turns = generator([{"role": "user", "content": QUESTION}], max_new_tokens=40, do_sample=False)[0]["generated_text"]
+    print("\n".join(f"{turn['role']}: {turn['content']}" for turn in turns))
+
+    heading("4. What the memory holds")
+    print(report_table(cache))
+    draw_memory(cache, output / "memory.png")
+    draw_held_text(cache, tokenizer, output / "held_text.png")
+    print(f"\npictures: {output / 'memory.png'} and {output / 'held_text.png'}")
+
+    heading("5. Saved, and resumed in a new process with only the new tokens")
+    cache.save_pretrained(state)
+    resume_elsewhere(model, tokenizer, cache, folder, state)
+
+    heading("6. A folder that loads anywhere, without this package")
+    check_model_folder(folder)
+    print("\n".join(f"{path.stat().st_size:>14,}  {path}" for path in sorted(folder.iterdir())))
+    load_as_stranger(model, ids[:, :64], folder)
+
+    print(f"\nDone in {time.perf_counter() - began:.0f} seconds. Go on with:")
+    print(f'  python -m scripts.generate --model {folder} --state {state} --chat --prompt "What have you read?"')
+    print(f"  python -m scripts.push_to_hub --model {folder} --repo owner/name --dry-run {output / 'hub'}")
+
+
+def heading(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}\n{'-' * len(text)}", flush=True)
+
+
+def prepare_model(folder: Path) -> None:
+    """Convert SmolLM2 into `folder`, unless this version of the code has done so before."""
+    code = list(folder.glob("*.py"))
+    is_current = all(path.read_bytes() == (PACKAGE / path.name).read_bytes() for path in code)
+    if (folder / RECORD_FILE).is_file() and code and is_current:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        print(f"{folder} was converted before, from {record['source']}; reusing it.")
+        return
+    source = obtain_smollm2()
+    print(f"SmolLM2-135M-Instruct from {source}", flush=True)
+    result = convert_checkpoint(source, folder, card=CARD, overwrite=folder.exists())
+    print(f"{result.num_parameters:,} parameters, {result.num_memory_parameters:,} of them new, for the memory.")
+    print(f"Proof: {result.proof}")
+
+
+def resume_elsewhere(model, tokenizer, cache, folder: Path, state: Path) -> None:
+    """Continue the saved memory in a new process, and compare with continuing here."""
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.generate",
+        "--model",
+        str(folder.resolve()),
+        "--state",
+        str(state.resolve()),
+    ]
+    command += ["--prompt", RESUMED_PROMPT, "--max-new-tokens", "32"]
+    there = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    if there.returncode != 0:
+        raise ValueError(f"the new process failed: {there.stderr.strip().splitlines()[-1]}")
+    ids = tokenizer(RESUMED_PROMPT, return_tensors="pt", add_special_tokens=False).input_ids
+    here = tokenizer.decode(continue_text(model, tokenizer, ids, cache.clone(), max_new_tokens=32, **GREEDY)[0])
+    print(f"{RESUMED_PROMPT.strip()}>>>{there.stdout.rstrip()}")
+    print(there.stderr.strip())
+    is_same = there.stdout.strip() == here.strip()
+    print(f"the same text as going on without stopping: {'yes' if is_same else 'NO'}")
+
+
+def load_as_stranger(model, ids: torch.Tensor, folder: Path) -> None:
+    """Load the folder with `trust_remote_code=True` in a process that cannot import the package; compare logits."""
+    with tempfile.TemporaryDirectory() as elsewhere, torch.no_grad():
+        sample = Path(elsewhere, "sample.safetensors")
+        save_file({"ids": ids.contiguous(), "logits": model(ids).logits.contiguous()}, sample)
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(elsewhere, "modules")), "TQDM_DISABLE": "1"}
+        command = [sys.executable, "-I", "-c", STRANGER, str(folder.resolve()), str(sample)]
+        loaded = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, env=environment)
+    if loaded.returncode != 0:
+        raise ValueError(
+            f"the folder did not load elsewhere: {(loaded.stderr.strip().splitlines() or [loaded.stdout])[-1]}"
+        )
+    print(f"loaded in {elsewhere}: {loaded.stdout.strip()}")
+
+
+if __name__ == "__main__":
+    run(build_parser(), demo)
