@@ -1,0 +1,574 @@
+"""
+The invariants of the architecture, each a promise to users, on random configurations whose memory really acts.
+
+Float64 throughout: a cut is discrete, so rounding could swap two retentions in float32, but hardly here.
+"""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_bwr_dnc import StateBankCache
+from tests.modeling_bwr_dnc.builders import (
+    SEEDS,
+    TOLERANCE,
+    VOCABULARY,
+    assert_same_bank,
+    overflowing_length,
+    random_chunks,
+    random_model,
+    read,
+    tiny_config,
+    tiny_model,
+    token_ids,
+)
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def ragged_batch(lengths, width, side, seed=0):
+    """Rows of the given lengths, padded to `width` left, right, or anywhere: ids, mask, and the rows alone."""
+    rows = [token_ids(length, seed + index) for index, length in enumerate(lengths)]
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    for index, row in enumerate(rows):
+        count = row.shape[1]
+        columns = {
+            "left": torch.arange(width - count, width),
+            "right": torch.arange(count),
+            "anywhere": torch.randperm(width, generator=generator)[:count].sort().values,
+        }[side]
+        ids[index, columns], mask[index, columns] = row[0], 1
+    return ids, mask, rows
+
+
+def read_padded(model, ids, mask, chunks):
+    """Like `read`, with the mask of the whole history at every step, as `generate` gives it."""
+    cache, logits, start = None, [], 0
+    with torch.no_grad():
+        for length in chunks:
+            stop = start + length
+            output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+            logits.append(output.logits)
+            cache, start = output.past_key_values, stop
+    return torch.cat(logits, dim=1), cache
+
+
+# 1. One pass = chunks = token by token
+
+
+@given(SEEDS)
+def test_one_pass_equals_chunks_equals_token_by_token(seed):
+    model = random_model(seed)
+    config = model.config
+    ids = token_ids(overflowing_length(config, rest=1 + seed % config.segment_length), seed)
+    logits, cache = read(model, ids)
+    for longest in (1, config.segment_length, 4 * config.segment_length):
+        chunked_logits, chunked_cache = read(model, ids, random_chunks(ids.shape[1], longest, seed))
+        assert_close(chunked_logits, logits)
+        assert_same_bank(chunked_cache, cache)
+        assert chunked_cache.get_seq_length() == ids.shape[1]
+
+
+def test_one_pass_equals_chunks_with_long_segments_and_hundreds_of_slots():
+    config = tiny_config(segment_length=64, memory_slots=[150, 60, 20], num_hidden_layers=1)
+    model, ids = tiny_model(config, seed=5), token_ids(900, seed=5)
+    logits, cache = read(model, ids)
+    chunked_logits, chunked_cache = read(model, ids, random_chunks(900, 100, seed=5))
+    assert_close(chunked_logits, logits)
+    assert_same_bank(chunked_cache, cache)
+
+
+# 2. Padding is invisible
+
+
+@given(SEEDS, st.sampled_from(["left", "right", "anywhere"]), st.booleans())
+def test_padded_rows_equal_the_rows_alone(seed, side, in_chunks):
+    model = random_model(seed, max_segment=8, max_slots=10)
+    config = model.config
+    longest = overflowing_length(config, rest=2)
+    lengths = [longest, longest // 2, 1, min(longest, 2 * config.segment_length + 1)]
+    ids, mask, rows = ragged_batch(lengths, longest + 3, side, seed)
+    chunks = random_chunks(longest + 3, 3 * config.segment_length, seed) if in_chunks else [longest + 3]
+    logits, cache = read_padded(model, ids, mask, chunks)
+    for index, row in enumerate(rows):
+        alone_logits, alone_cache = read(model, row)
+        assert_close(logits[index : index + 1][:, mask[index].bool()], alone_logits)
+        assert_same_bank(cache, alone_cache, first_row=index)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_rows_that_finish_early_keep_the_bank_of_the_row_generated_alone(num_beams):
+    model = tiny_model(tiny_config(), seed=1)
+    ids, mask, rows = ragged_batch([30, 17, 23], 30, "left", seed=1)
+    settings = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+    free = model.generate(ids, attention_mask=mask, eos_token_id=None, **settings).sequences[:, 30:]
+    # An end that some row meets early and another late or never.
+    first_met = {
+        token: [(row == token).nonzero()[0].item() if (row == token).any() else 99 for row in free]
+        for token in free.unique().tolist()
+    }
+    end = max(first_met, key=lambda token: max(first_met[token]) - min(first_met[token]))
+    assert min(first_met[end]) + 5 < max(first_met[end])
+    settings |= {"eos_token_id": end}
+    if num_beams > 1:
+        # Beams leave the bank of the last beams tried; only the tokens can be compared.
+        batched = model.generate(ids, attention_mask=mask, num_beams=num_beams, **settings)
+        for index, row in enumerate(rows):
+            alone = model.generate(row, num_beams=num_beams, **settings).sequences[0, row.shape[1] :]
+            assert batched.sequences[index, 30 : 30 + len(alone)].tolist() == alone.tolist()
+        return
+    batched = model.generate(ids, attention_mask=mask, **settings)
+    for index, row in enumerate(rows):
+        alone = model.generate(row, **settings)
+        new = alone.sequences[0, row.shape[1] :]
+        assert batched.sequences[index, 30 : 30 + len(new)].tolist() == new.tolist()
+        assert_same_bank(batched.past_key_values, alone.past_key_values, first_row=index)
+
+
+# 3. Rows are islands
+
+
+@given(SEEDS, st.lists(st.integers(1, 70), min_size=2, max_size=4))
+def test_banks_at_different_positions_stack_and_split(seed, lengths):
+    model = random_model(seed, max_segment=8, max_slots=10)
+    config = model.config
+    caches = [read(model, token_ids(length, seed + i))[1] for i, length in enumerate(lengths)]
+    more = torch.cat([token_ids(2 * config.segment_length + 3, seed + 50 + i) for i in range(len(lengths))])
+    chunks = random_chunks(more.shape[1], 3, seed) if seed % 2 else None
+    stacked = StateBankCache.stack([cache.clone() for cache in caches])
+    assert stacked.get_seq_length() == max(lengths)
+    for index, (one, cache) in enumerate(zip(stacked.unstack(), caches, strict=True)):
+        assert_same_bank(one, cache)
+        assert_same_bank(stacked, cache, first_row=index)
+    logits, stacked = read(model, more, chunks, cache=stacked)
+    for index, (cache, one) in enumerate(zip(caches, stacked.unstack(), strict=True)):
+        alone_logits, alone = read(model, more[index : index + 1], cache=cache)
+        assert_close(logits[index : index + 1], alone_logits)
+        assert_same_bank(one, alone)
+
+
+# 4. Causal
+
+
+@given(SEEDS, st.data())
+def test_a_token_changes_no_logit_before_it(seed, data):
+    model = random_model(seed, max_slots=10)
+    config = model.config
+    ids = token_ids(overflowing_length(config), seed)
+    changed_at = data.draw(st.integers(0, ids.shape[1] - 1))
+    changed = ids.clone()
+    changed[0, changed_at] = ids[0, changed_at] % (VOCABULARY - 1) + 1
+    for training in (False, True):
+        model.train(training)
+        before, after = (model(either, use_cache=False).logits.detach() for either in (ids, changed))
+        assert_close(after[:, :changed_at], before[:, :changed_at])
+        assert not torch.equal(after[:, changed_at], before[:, changed_at])
+
+
+# 5. Lossless until full
+
+
+class ExactRotary(torch.nn.Module):
+    """Llama's rotary embedding without its rounding to float32."""
+
+    def __init__(self, config):
+        super().__init__()
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        self.register_buffer("inv_freq", config.rope_parameters["rope_theta"] ** -exponents)
+
+    def forward(self, hidden_states, position_ids):
+        angles = position_ids[..., None] * self.inv_freq
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+@given(SEEDS)
+def test_equals_llama_up_to_the_lossless_length_and_not_beyond(seed):
+    model = random_model(
+        seed,
+        memory_position="rank",
+        layer_types=None,
+        short_conv_kernel=0,
+        use_qk_norm=False,
+        attention_output_bias=False,
+        attention_bias=False,
+    )
+    config = model.config
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"]
+    source = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names})).double().eval()
+    source.load_state_dict({name: value for name, value in model.state_dict().items() if ".memory." not in name})
+    source.model.rotary_emb = ExactRotary(config)
+
+    raw, sinks, segment = config.memory_slots[0], config.num_sink_tokens, config.segment_length
+    assert config.lossless_length == (raw + sinks) // segment * segment + 2 * segment
+    ids = token_ids(config.lossless_length + 1, seed)
+    with torch.no_grad():
+        expected = source(ids).logits
+    for logits in (read(model, ids)[0], read(model, ids, random_chunks(ids.shape[1], 7, seed))[0]):
+        # Llama rounds its norms to float32.
+        torch.testing.assert_close(logits[:, :-1], expected[:, :-1], rtol=1e-5, atol=1e-5)
+        assert (logits[:, -1] - expected[:, -1]).abs().max() > 1e-3
+
+
+# 6. Bounded
+
+
+@given(SEEDS)
+def test_nbytes_is_the_same_past_the_fill_point(seed):
+    model = random_model(seed, max_segment=8, max_slots=8)
+    config = model.config
+    assume(config.memory_slots[1] or not config.memory_slots[2])  # level 2 is fed by level 1 only
+    cache = read(model, token_ids(2 * overflowing_length(config), seed))[1]
+    assert all(line["used"] == line["capacity"] for line in cache.memory_report())
+    full = cache.nbytes
+    for step in range(3 * config.segment_length):
+        cache = read(model, token_ids(1, step), cache=cache)[1]
+        assert cache.nbytes == full
+    assert read(model, token_ids(5 * config.segment_length, seed), cache=cache)[1].nbytes == full
+
+
+# 7. Round trip
+
+CONTINUE_IN_ANOTHER_PROCESS = """
+import sys, torch
+from modeling_bwr_dnc import BwrDncForCausalLM, StateBankCache
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    model = BwrDncForCausalLM.from_pretrained(folder + "/model", dtype=torch.float64)
+    cache = StateBankCache.from_pretrained(folder + "/state", config=model.config)
+    given = torch.load(folder + "/given.pt")
+    logits = []
+    with torch.no_grad():
+        for chunk in given.split(7, dim=1):
+            output = model(chunk, past_key_values=cache, use_cache=True)
+            logits.append(output.logits)
+            cache = output.past_key_values
+    cache.save_pretrained(folder + "/state_after")
+    torch.save(torch.cat(logits, dim=1), folder + "/logits.pt")
+"""
+
+
+def test_saving_and_continuing_in_another_process_equals_not_stopping_bit_for_bit(tmp_path):
+    cases = [
+        tiny_config(),
+        tiny_config(memory_slots=[6, 0, 0], segment_length=5, short_conv_kernel=3, memory_position="constant"),
+        tiny_config(
+            layer_types=["sink_window_attention", "state_bank_attention"], num_sink_tokens=0, use_qk_norm=True
+        ),
+        tiny_config(memory_slots=[0, 0, 0]),
+    ]
+    expected = {}
+    for index, config in enumerate(cases):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        model = tiny_model(config, seed=index)
+        caches = [read(model, token_ids(length, seed=index))[1] for length in (61, 22)]
+        cache = StateBankCache.stack(caches)  # two rows at different positions
+        model.save_pretrained(folder / "model")
+        cache.save_pretrained(folder / "state")
+        more = torch.cat([token_ids(20, seed=90), token_ids(20, seed=91)])
+        torch.save(more, folder / "given.pt")
+        expected[folder] = read(model, more, [7, 7, 6], cache=cache)
+    command = [sys.executable, "-c", CONTINUE_IN_ANOTHER_PROCESS, *map(str, expected)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=240)
+    for folder, (logits, cache) in expected.items():
+        assert torch.equal(torch.load(folder / "logits.pt"), logits)
+        continued = StateBankCache.from_pretrained(folder / "state_after")
+        for mine, theirs in zip(continued.layers, cache.layers, strict=True):
+            assert mine.state.rows == theirs.state.rows
+            saved = mine.state.cleared().tensors()
+            for name, tensor in theirs.state.cleared().tensors().items():
+                if name in saved:  # working copies are rebuilt, not saved
+                    assert torch.equal(saved[name], tensor), name
+
+
+# 8. Reproducible
+
+
+@given(SEEDS)
+def test_evaluation_is_deterministic_and_no_module_remembers_a_batch(seed):
+    model = random_model(seed, max_slots=10)
+    config = model.config
+    ids = token_ids(overflowing_length(config), seed)
+
+    def attributes():
+        return {
+            f"{module_name}.{name}": value
+            for module_name, module in model.named_modules()
+            for name, value in vars(module).items()
+            if not isinstance(value, dict)
+        }
+
+    before = attributes()
+    first, first_cache = read(model, ids)
+    read(model, token_ids(33, seed + 1).repeat(3, 1))
+    second, second_cache = read(model, ids)
+    assert torch.equal(first, second)
+    assert first_cache.tokens() == second_cache.tokens()
+    after = attributes()
+    assert before.keys() == after.keys()
+    assert all(after[name] is value or after[name] == value for name, value in before.items())
+
+
+# 9. Forgetting is real
+
+
+def overwrite_what_nothing_occupies(cache, seed):
+    """Put noise behind the length of every row, and into every forgotten entry; rotated copies are rebuilt from it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def spoil(tensor, where):
+        noise = 100 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        tensor[where] = noise.to(tensor.dtype)[where]
+
+    for layer in cache.layers:
+        state = layer.state
+        for row, counters in enumerate(state.rows):
+            in_window = counters.seen - counters.window_start
+            before_window = torch.arange(len(state.entries)) < state.num_prefix(row)
+            empty = (state.entries.mass[row] == 0) | ~before_window
+            unused = (torch.arange(state.keys.shape[2]) >= state.length(row)).expand(state.keys.shape[1:3]).clone()
+            unused[:, : len(state.entries)] |= empty & before_window
+            if state.holes is not None:
+                unused |= state.holes[row] < 0
+            for tensor in (state.keys, state.values):
+                spoil(tensor[row], unused)
+            for tensor in (state.entries.salience, state.entries.salience_bias, state.entries.usage):
+                spoil(tensor[row], empty)
+            after_window = torch.arange(state.window_ids.shape[1]) >= in_window
+            spoil(state.window_salience[row], after_window.expand_as(state.window_salience[row]))
+            spoil(state.window_ids[row], after_window)
+        state.rotated = state.key_bias = None
+
+
+@given(SEEDS, st.lists(st.integers(1, 60), min_size=1, max_size=3), st.booleans())
+def test_overwriting_empty_or_freed_room_changes_nothing(seed, lengths, forgets):
+    model = random_model(seed, max_segment=8, max_slots=10)
+    config = model.config
+    cache = StateBankCache.stack([read(model, token_ids(length, seed + i))[1] for i, length in enumerate(lengths)])
+    if forgets:
+        cache.forget(config.num_sink_tokens + 1, config.num_sink_tokens + 1 + config.segment_length)
+    spoiled = cache.clone()
+    overwrite_what_nothing_occupies(spoiled, seed)
+    more = torch.cat([token_ids(2 * config.segment_length + 2, seed + 9 + i) for i in range(len(lengths))])
+    logits, _ = read(model, more, cache=cache.clone())
+    spoiled_logits, _ = read(model, more, cache=spoiled.clone())
+    assert_close(spoiled_logits, logits)
+    one_by_one, _ = read(model, more, [1] * more.shape[1], cache=spoiled)
+    assert_close(one_by_one, logits)
+
+
+@given(SEEDS, st.data())
+def test_forgotten_tokens_are_gone(seed, data):
+    model = random_model(seed, max_slots=12, max_segment=8)
+    config = model.config
+    length = overflowing_length(config, rest=3)
+    cache = read(model, token_ids(length, seed))[1]
+    start = data.draw(st.integers(0, length - 1))
+    end = data.draw(st.integers(start + 1, length))
+    kept = [slot for slot in cache.tokens() if not any(start <= position < end for position in slot["positions"])]
+    cache.forget(start, end)
+    assert cache.tokens() == kept
+    logits, cache = read(model, token_ids(4 * config.segment_length, seed + 1), cache=cache)
+    assert logits.isfinite().all()
+    assert not any(start <= position < end for slot in cache.tokens() for position in slot["positions"])
+
+
+# 10. Packed = apart
+
+
+@given(SEEDS, st.lists(st.integers(1, 60), min_size=2, max_size=4), st.booleans())
+def test_packed_documents_equal_the_documents_alone(seed, lengths, padded):
+    model = random_model(seed, max_segment=8, max_slots=10)
+    documents = [token_ids(length, seed + i) for i, length in enumerate(lengths)]
+    ids = torch.cat(documents, dim=1)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    pads = 3 if padded else 0
+    mask = torch.cat([torch.zeros(1, pads), torch.ones_like(ids)], dim=1).long()
+    ids, positions = (torch.nn.functional.pad(tensor, (pads, 0)) for tensor in (ids, positions))
+    inputs = {"position_ids": positions} | ({"attention_mask": mask} if padded else {})
+    apart = [read(model, document) for document in documents]
+    expected = torch.cat([logits for logits, _ in apart], dim=1)
+
+    logits, cache = read(model, ids, **inputs)
+    assert_close(logits[:, pads:], expected)
+    assert_same_bank(cache, apart[-1][1])
+    model.train()
+    assert_close(model(ids, use_cache=False, **inputs).logits[:, pads:].detach(), expected)
+
+
+# Training
+
+
+@given(SEEDS)
+def test_training_mode_gives_the_logits_of_evaluation(seed):
+    model = random_model(seed, max_slots=8, max_segment=8)
+    config = model.config
+    ids, mask, _ = ragged_batch([overflowing_length(config), 2 * config.segment_length + 1], 120, "right", seed)
+    expected = read(model, ids, attention_mask=mask)[0]
+    actual = model.train()(ids, attention_mask=mask, use_cache=False).logits.detach()
+    assert_close(actual[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(
+    "layer_types", [None, ["sink_window_attention", "state_bank_attention"]], ids=["banks", "mixed"]
+)
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(use_reentrant, layer_types):
+    config = tiny_config(layer_types=layer_types)
+    model = tiny_model(config, seed=2).train()
+    ids, mask, _ = ragged_batch([90, 41], 90, "left", seed=2)
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = model(ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    loss, gradients = loss_and_gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    checkpointed_loss, checkpointed = loss_and_gradients()
+    assert_close(checkpointed_loss, loss)
+    for name, gradient in gradients.items():
+        assert_close(checkpointed[name], gradient)
+    assert any(gradients[name].abs().max() > 1e-6 for name in gradients if ".memory.compressor." in name)
+
+
+@pytest.mark.parametrize("length", [5, 90])
+def test_every_parameter_gets_a_gradient_whether_the_bank_acts_or_not(length):
+    """Distributed training waits for the gradient of every parameter."""
+    model = tiny_model(tiny_config(short_conv_kernel=3)).train()
+    ids = token_ids(length)
+    model(ids, labels=ids).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+# Taking back, and moving rows
+
+
+@given(SEEDS, st.data())
+def test_crop_takes_back_any_of_the_last_segment(seed, data):
+    model = random_model(seed, max_segment=8, max_slots=10)
+    config = model.config
+    segment = config.segment_length
+    length = data.draw(st.integers(1, overflowing_length(config)))
+    extra = data.draw(st.integers(1, segment))
+    ids, more = token_ids(length + extra, seed), token_ids(segment + 2, seed + 1)
+    cache = read(model, ids[:, :length])[1]
+    cache.activate_past_recording()
+    chunks = random_chunks(extra, data.draw(st.integers(1, segment)), seed)
+    cache = read(model, ids[:, length:], chunks, cache=cache)[1]
+    cache.crop(-extra)
+    assert cache.get_seq_length() == length
+    fresh = read(model, ids[:, :length])[1]
+    assert_same_bank(cache, fresh)
+    logits, cache = read(model, more, cache=cache)
+    expected, fresh = read(model, more, cache=fresh)
+    assert_close(logits, expected)
+    assert_same_bank(cache, fresh)
+
+
+def test_crop_of_more_than_a_segment_says_so():
+    model = tiny_model(tiny_config())
+    cache = read(model, token_ids(40))[1]
+    with pytest.raises(ValueError, match="segment_length = 4"):
+        cache.crop(-5)
+
+
+@given(SEEDS)
+def test_rows_are_reordered_selected_and_repeated_whole(seed):
+    model = random_model(seed, max_segment=8, max_slots=10)
+    config = model.config
+    lengths = [overflowing_length(config), 2 * config.segment_length + 2, 3]
+    caches = [read(model, token_ids(length, seed + i))[1] for i, length in enumerate(lengths)]
+    stacked = StateBankCache.stack(caches)
+    moves = {
+        "reorder_cache": (torch.tensor([2, 0, 0]), [2, 0, 0]),
+        "batch_select_indices": (torch.tensor([1, 2]), [1, 2]),
+        "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2]),
+    }
+    for operation, (argument, order) in moves.items():
+        moved = stacked.clone()
+        getattr(moved, operation)(argument)
+        more = torch.cat([token_ids(config.segment_length + 1, seed + 20 + i) for i in range(len(order))])
+        logits, moved = read(model, more, cache=moved)
+        for index, original in enumerate(order):
+            alone = caches[original].clone()
+            expected, alone = read(model, more[index : index + 1], cache=alone)
+            assert_close(logits[index : index + 1], expected)
+            assert_same_bank(moved, alone, first_row=index)
+
+
+def test_a_clone_and_a_deep_copy_are_independent():
+    model = tiny_model(tiny_config())
+    cache = read(model, token_ids(50))[1]
+    kept = read(model, token_ids(50))[1]
+    for forked in (cache.clone(), copy.deepcopy(cache)):
+        read(model, token_ids(20, seed=1), cache=forked)
+        assert_same_bank(cache, kept)
+
+
+# Editing
+
+
+def test_pinned_tokens_stay_raw_in_every_head_however_much_is_read():
+    model = tiny_model(tiny_config(memory_slots=[8, 4, 2]))
+    cache = read(model, token_ids(10))[1]
+    cache.pin(3, 9)
+    cache = read(model, token_ids(300, seed=1), cache=cache)[1]
+    raw = {(slot["layer"], slot["head"], slot["positions"][0]) for slot in cache.tokens() if slot["level"] == 0}
+    assert raw >= {(layer, head, position) for layer in range(2) for head in range(2) for position in range(3, 9)}
+    ids = token_ids(10)[0].tolist()
+    assert all(slot["token_ids"] == [ids[slot["positions"][0]]] for slot in cache.tokens() if slot["positions"][0] < 9)
+
+
+def test_a_pin_that_cannot_be_kept_is_refused():
+    model = tiny_model(tiny_config())
+    cache = read(model, token_ids(60))[1]
+    with pytest.raises(ValueError, match="raw slots"):
+        cache.pin(60, 66)
+    with pytest.raises(ValueError, match="compressed or forgotten"):
+        cache.pin(2, 7)
+
+
+# Generation over the same memory
+
+
+@given(SEEDS)
+def test_continuing_with_new_tokens_or_with_the_full_history_equals_not_stopping(seed):
+    model = random_model(seed, max_segment=8, max_slots=8)
+    config = model.config
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    prompt = token_ids(3 * config.segment_length + 1, seed)
+    whole = model.generate(prompt, max_new_tokens=12, **settings)
+    first = model.generate(prompt, max_new_tokens=5, **settings)
+    for given_ids in (first.sequences, first.sequences[:, -1:]):
+        cache = first.past_key_values.clone()
+        rest = model.generate(given_ids, past_key_values=cache, max_new_tokens=7, **settings)
+        assert rest.sequences[0, given_ids.shape[1] :].tolist() == whole.sequences[0, prompt.shape[1] + 5 :].tolist()
+        assert_same_bank(rest.past_key_values, whole.past_key_values)
+
+
+@given(SEEDS)
+def test_without_memory_equals_a_model_without_slots(seed):
+    model = random_model(seed, max_segment=8, max_slots=8)
+    config = model.config
+    ids = token_ids(overflowing_length(config), seed)
+    without = copy.deepcopy(config)
+    without.layer_types = ["sink_window_attention"] * config.num_hidden_layers
+    window_only = tiny_model(without, seed)
+    weights = {name: value for name, value in model.state_dict().items() if ".memory." not in name}
+    window_only.load_state_dict(weights)
+    assert_close(read(model, ids, use_memory=False)[0], read(window_only, ids)[0])
