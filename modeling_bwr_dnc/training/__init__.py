@@ -1,0 +1,9 @@
+"""Training: the Trainer for a bounded memory, data, adapters, and what fits into how much memory."""
+
+from ..peft_defaults import register_peft_defaults
+from .arguments import BwrDncTrainingArguments
+from .trainer import BwrDncTrainer
+
+register_peft_defaults()
+
+__all__ = ["BwrDncTrainer", "BwrDncTrainingArguments", "register_peft_defaults"]

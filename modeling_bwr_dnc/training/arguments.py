@@ -1,0 +1,74 @@
+"""What can be set for training beside the library's `TrainingArguments`."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class BwrDncTrainingArguments(TrainingArguments):
+    """The library's arguments, and those of a bounded memory. Raises `ValueError` for combinations that cannot work."""
+
+    memory_learning_rate: float | None = field(
+        default=1e-2,
+        metadata={
+            "help": "Peak learning rate of the memory parameters (salience, routing, compressor); None: `learning_rate`."
+        },
+    )
+    span_length: int | None = field(
+        default=None,
+        metadata={"help": "Read each sequence in spans of so many tokens, carrying the memory; None: all at once."},
+    )
+    gradient_spans: int = field(
+        default=1,
+        metadata={"help": "Spans that a gradient may cross before the memory is detached; 0: the whole sequence."},
+    )
+    loss_chunk_length: int = field(
+        default=256,
+        metadata={"help": "Tokens whose logits exist at the same time, in the forward and the backward pass."},
+    )
+    retention_noise: bool = field(
+        default=False, metadata={"help": "Gumbel noise on what the memory retains, seeded by the step."}
+    )
+    optimizer_in_backward: bool = field(
+        default=False,
+        metadata={"help": "Update each parameter as soon as its gradient is complete, and free the gradient at once."},
+    )
+    log_memory: bool = field(default=True, metadata={"help": "Log what the memory holds, forgets and learns."})
+
+    def __post_init__(self):
+        # The reentrant variant runs a layer without gradients first, and would write its memory twice.
+        self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        super().__post_init__()
+        for name, least in (("gradient_spans", 0), ("loss_chunk_length", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {least}.")
+        if self.span_length is not None and self.span_length < 1:
+            raise ValueError(
+                f"`span_length` is {self.span_length}, but must be at least 1; leave it out to read all at once."
+            )
+        if self.gradient_checkpointing_kwargs["use_reentrant"]:
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` asks for use_reentrant=True, which would write the memory twice; use False."
+            )
+        if self.optimizer_in_backward:
+            self._check_optimizer_in_backward()
+
+    def _check_optimizer_in_backward(self) -> None:
+        problems = {
+            f"max_grad_norm is {self.max_grad_norm}; set it to 0": self.max_grad_norm != 0,
+            f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; set it to 1": (
+                self.gradient_accumulation_steps > 1
+            ),
+            "spans are detached; set gradient_spans to 0 or leave span_length out": bool(
+                self.span_length and self.gradient_spans
+            ),
+            f"there are {self.world_size} processes; use one, or fully sharded training": self.world_size > 1,
+            "fp16 needs a gradient scaler; use bf16": self.fp16,
+        }
+        found = [text for text, is_problem in problems.items() if is_problem]
+        if found:
+            raise ValueError(
+                "`optimizer_in_backward` updates a parameter the moment its gradient is there, so each step must be one "
+                f"backward pass, and nothing may look at all gradients together: {'; '.join(found)}."
+            )

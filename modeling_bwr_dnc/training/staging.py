@@ -1,0 +1,65 @@
+"""Folders that appear only when they are complete."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STAGING = ".incomplete"
+
+
+@contextmanager
+def complete_folder(folder: Path, is_writer: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """
+    Gives a folder of the same name to write into, below `.incomplete`; syncs it and renames it to `folder` at the end.
+
+    Whatever happens before the rename, what stood at `folder` stays. Of several processes, the one that `is_writer` renames;
+    `wait` is called so that all have written before, and none goes on until it is done.
+
+    Raises:
+        OSError: naming `folder`, if it could not be written, such as on a full disk; nothing of it is left.
+    """
+    staged = folder.parent / STAGING / folder.name
+    if is_writer:
+        shutil.rmtree(staged.parent, ignore_errors=True)
+        staged.mkdir(parents=True)
+    wait()
+    try:
+        yield staged
+    except Exception as error:
+        shutil.rmtree(staged.parent, ignore_errors=True)
+        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__ or _is_short_write(error):
+            raise OSError(f"{folder} could not be written ({error}); what was there before is intact.") from error
+        raise
+    wait()
+    if is_writer:
+        _sync(staged)
+        old = staged.parent / f"{folder.name}.replaced"
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(staged, folder)
+        _sync_one(folder.parent)
+        shutil.rmtree(staged.parent, ignore_errors=True)
+    wait()
+
+
+def _is_short_write(error: Exception) -> bool:
+    """Whether `torch.save` ran out of space, which it reports as a RuntimeError of its zip writer."""
+    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error))
+
+
+def _sync(folder: Path) -> None:
+    """Everything in `folder` is on the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync_one(Path(parent) / name)
+        _sync_one(Path(parent))
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,199 @@
+"""The library's Trainer for a model that carries its memory through a sequence."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer, configuration_utils
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..configuration_bwr_dnc import LAYER_TYPES
+from .arguments import BwrDncTrainingArguments
+from .memory_metrics import GateMovement, bank_metrics, is_memory_parameter
+from .spans import read_in_spans, shift_labels
+from .staging import complete_folder
+from .token_loss import IGNORED
+
+
+class BwrDncTrainer(Trainer):
+    """
+    `Trainer` with what a bounded memory needs, set by `BwrDncTrainingArguments`.
+
+    Sequences can be read in spans (truncated back-propagation through time, in memory that does not grow with their length);
+    the loss never holds all logits; the memory parameters have a learning rate of their own, no weight decay and full
+    precision states; the log shows what the memory holds and how its gates move; a checkpoint appears only when it is complete.
+    """
+
+    args: BwrDncTrainingArguments
+
+    def __init__(self, *args, **kwargs):
+        know_layer_types()
+        super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled and self.args.span_length and self.args.gradient_spans:
+            raise ValueError(
+                "DeepSpeed updates the weights after every backward pass, but detached spans need several per step; set "
+                "gradient_spans to 0, or use DDP or FSDP2."
+            )
+        self.gate_movement = GateMovement(self.model) if self.args.log_memory else None
+        self.memory_metrics: dict[str, float] = {}
+
+    # ----------------------------------------------------------------------------------------------------------- loss
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        """One micro-batch: read it span by span, back-propagate after every `gradient_spans` of them."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        scale = self._loss_scale(inputs, num_items_in_batch)
+        num_tokens = inputs["labels"].shape[1]
+        num_spans = -(-num_tokens // (self.args.span_length or num_tokens))
+        per_gradient = self.args.gradient_spans or num_spans
+        options = {"retention_noise_seed": self.state.global_step} if self.args.retention_noise else {}
+        spans = self._spans(model, inputs, self._is_about_to_log(), **options)
+        total, cache = 0.0, None
+        for first in range(0, num_spans, per_gradient):
+            is_last = first + per_gradient >= num_spans
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                losses = []
+                for _ in range(min(per_gradient, num_spans - first)):
+                    with self.compute_loss_context_manager():
+                        loss, cache = next(spans)
+                    losses.append(loss * scale)
+                loss = torch.stack(losses).sum()
+                del losses
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+            if cache is not None:
+                cache.detach()
+        if cache is not None and self.args.log_memory:
+            self.memory_metrics = bank_metrics(cache)
+        return total
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Loss of one batch, read in spans; without gradients their memory does not grow with the length either."""
+        if self.compute_metrics is not None and not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scale = self._loss_scale(inputs, num_items_in_batch)
+        losses = [loss for loss, _ in self._spans(model, inputs, keeps_state=False)]
+        loss = torch.stack(losses).sum() * scale
+        return (loss, {}) if return_outputs else loss
+
+    def _spans(
+        self, model: nn.Module, inputs: dict, keeps_state: bool, **options
+    ) -> Iterator[tuple[torch.Tensor, object]]:
+        return read_in_spans(
+            model, inputs, self.args.span_length, self.args.loss_chunk_length, keeps_state=keeps_state, **options
+        )
+
+    def _loss_scale(self, inputs: dict, num_items_in_batch) -> torch.Tensor | float:
+        """What a sum over tokens is multiplied with, to make the mean over the label tokens of the whole optimizer step."""
+        if num_items_in_batch is None:
+            count = (shift_labels(inputs["labels"]) != IGNORED).sum()
+            return 1 / (count.clamp(min=1) * max(getattr(self, "current_gradient_accumulation_steps", 1), 1))
+        # Gradients of processes are averaged, but the count is over all of them.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return processes / max(num_items_in_batch, 1)
+
+    # ------------------------------------------------------------------------------------------------------ optimizer
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The library's optimizer, with the memory parameters in a group of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        model = self.model if model is None else model
+        mine = {id(p): p for name, p in model.named_parameters() if p.requires_grad and is_memory_parameter(name)}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mine]
+        if mine:
+            rate = (
+                self.args.learning_rate if self.args.memory_learning_rate is None else self.args.memory_learning_rate
+            )
+            optimizer.add_param_group({"params": list(mine.values()), "lr": rate, "weight_decay": 0.0})
+            _keep_states_precise(optimizer, list(mine.values()))
+        if self.args.optimizer_in_backward:
+            update_in_backward(optimizer)
+        return optimizer
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # The gradients are gone by the time of the log.
+        return None if self.args.optimizer_in_backward else super()._get_grad_norm(model, grad_norm)
+
+    # ------------------------------------------------------------------------------------------------------------ log
+
+    def _is_about_to_log(self) -> bool:
+        """Whether the step under way is going to be logged, so that its memory is worth keeping."""
+        if not self.args.log_memory or not self.is_world_process_zero():
+            return False
+        step, every = self.state.global_step + 1, self.state.logging_steps
+        return (step == 1 and self.args.logging_first_step) or (every > 0 and step % every == 0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.gate_movement is not None and "loss" in logs:
+            logs |= self.memory_metrics | self.gate_movement.metrics()
+            self.memory_metrics = {}
+        super().log(logs, start_time)
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """Written beside its place and renamed when complete, so that a kill or a full disk leaves the last one intact."""
+        output = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        pushes, self.args.push_to_hub = self.args.push_to_hub, False
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with complete_folder(output / name, self.args.should_save, self.accelerator.wait_for_everyone) as staged:
+                self._staged_output = staged.parent
+                super()._save_checkpoint(model, trial)
+                best = self.state.best_model_checkpoint
+                if best is not None and Path(best).parent == staged.parent:
+                    self.state.best_model_checkpoint = str(output / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+        finally:
+            self._staged_output = None
+            self.args.push_to_hub, self.args.save_total_limit = pushes, limit
+        if pushes:
+            self._push_from_checkpoint(str(output / name))
+        if self.args.should_save:
+            rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    _staged_output: Path | None = None
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staged_output is None else str(self._staged_output)
+
+
+def _keep_states_precise(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """8-bit optimizers keep the states of these parameters in 32 bits."""
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        from bitsandbytes.optim import GlobalOptimManager
+
+        GlobalOptimManager.get_instance().override_config(parameters, "optim_bits", 32)
+
+
+def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
+    """
+    Step each parameter as soon as its gradient is complete, and free the gradient: never more than a few exist at once.
+
+    At that moment it is the only parameter that has a gradient, so an ordinary step of the whole optimizer changes it alone.
+    """
+
+    def update(parameter: torch.Tensor) -> None:
+        optimizer.step()
+        parameter.grad = None
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(update)
+
+
+def know_layer_types() -> None:
+    """Add our layer types to the library's list, which its Trainer checks a checkpoint's config against on resuming."""
+    for name in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
+        known = getattr(configuration_utils, name, ())
+        setattr(configuration_utils, name, tuple(dict.fromkeys((*known, *LAYER_TYPES))))
