@@ -214,6 +214,15 @@ def is_biased(rows: list[RowState], settings: BankSettings) -> bool:
     return any(row.slot_counts[1] or row.slot_counts[2] or row_pressure(row, settings) > 0 for row in rows)
 
 
+def stays_lossless(row: RowState, num_tokens: int, settings: BankSettings) -> bool:
+    """Whether every token of a row will still be held, raw, after `num_tokens` more."""
+    if row.num_prefix(settings.num_sink_tokens) != row.window_start or row.slot_counts[1] or row.slot_counts[2]:
+        return False
+    num_segments = -(-(row.seen + num_tokens) // settings.segment_length)
+    outside = max(num_segments - 2, 0) * settings.segment_length
+    return outside - settings.num_sink_tokens <= settings.memory_slots[0]
+
+
 class BankReader:
     """Reads the tokens of some sequences in one layer."""
 
@@ -226,15 +235,18 @@ class BankReader:
         compress: Compress | None,
         uses_routing: bool,
         on_consolidation: Callable[[BankState, list[int]], None],
+        shows_columns: bool = False,
     ):
         """
         Args:
             compress: the layer's compressor; None without slots.
             on_consolidation: told the state before each consolidation, and the sequences in it.
+            shows_columns: attention weights are shown over the columns of the batch, not over the entries read.
         """
         self.call, self.settings, self.sequences, self.scaling = call, settings, sequences, scaling
         self.counts = sequences.counts
         self.compress, self.uses_routing, self.on_consolidation = compress, uses_routing, on_consolidation
+        self.shows_columns = shows_columns
 
     # ------------------------------------------------------------------------------------------------- consolidation
 
@@ -378,7 +390,6 @@ class BankReader:
                 state.rotated[:, :, :num_keys],
                 state.values[:, :, :num_keys],
                 self._biases(state, part.complexity, num_keys),
-                state.rows,
             )
             outputs.append(output)
             weights.append(weight)
@@ -435,13 +446,12 @@ class BankReader:
             state.rotated[:, :, :num_keys],
             state.values[:, :, :num_keys],
             self._biases(state, tokens.complexity, num_keys),
-            state.rows,
             mask=mask,
         )
         output = output.masked_fill(~is_active[:, None, None, None], 0)
         return output, weight, state
 
-    def _attend(self, queries, keys, values, biases, rows, mask=None):
+    def _attend(self, queries, keys, values, biases, mask=None):
         """Output [R, H, T, D], and weights if asked for, of rotated queries, the last T of the L entries of their rows."""
         num_queries, num_keys = queries.shape[2], keys.shape[2]
         if mask is None and num_queries > 1:
@@ -451,34 +461,49 @@ class BankReader:
             weights = attention_weights(queries, keys, mask, bias, self.scaling).to(values.dtype).flatten(1, 2)
             shown = None
             if self.call.output_attentions:
-                weights, shown = self._shown(weights, rows)
+                weights, shown = self._shown(weights)
             output = torch.matmul(weights.unflatten(1, (keys.shape[1], -1)), values[:, :, None])
             return output.flatten(1, 2), shown
         is_causal = num_queries == num_keys and biases[0] is None
         return attend(queries, keys, values, None if is_causal else mask, self.scaling, *biases, is_causal), None
 
-    def _shown(self, weights: torch.Tensor, rows: list[RowState]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _shown(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Weights [R, H, T, L] to compute with, and as the caller sees them: over the columns of the batch while nothing has been
-        dropped and those are known, over `[sinks | slots | window]` after that. The former derive from the latter.
+        Weights [R, H, T, L] to compute with, and as the caller sees them, from which the former derive: over the columns of the
+        batch as long as nothing has been dropped and those are known, else over `[sinks | slots | window]`. Of one stretch that
+        is the whole call, [B, H, T, L].
         """
-        columns, num_keys = self.call.key_columns, weights.shape[-1]
-        settings = self.settings
-        lossless = all(row.num_prefix(settings.num_sink_tokens) == row.window_start for row in rows)
-        if columns is None or not lossless or num_keys > columns.shape[1]:
-            return weights, weights
-        index = columns[self.sequences.rows, :num_keys][:, None, None].expand_as(weights)
-        shown = weights.new_zeros(*weights.shape[:-1], self.call.num_columns + 1).scatter(-1, index, weights)
-        shown = shown[..., : self.call.num_columns]
-        return F.pad(shown, (0, 1)).gather(-1, index), shown
+        index = None
+        if self.shows_columns:
+            index = self.call.key_columns[self.sequences.rows, : weights.shape[-1]][:, None, None].expand_as(weights)
+            wide = weights.new_zeros(*weights.shape[:-1], self.call.num_columns + 1)
+            weights = wide.scatter(-1, index, weights)[..., :-1]
+        shown = weights
+        is_whole = weights.shape[2] == max(self.counts)
+        if is_whole:
+            shown = self._put_weights(weights)
+            if self.sequences.columns is not None:
+                weights = self.sequences.take(shown.transpose(1, 2)).transpose(1, 2)
+        if index is not None:
+            weights = F.pad(weights, (0, 1)).gather(-1, index)
+        return weights, shown
 
-    @staticmethod
-    def _joined_weights(weights: list[torch.Tensor | None]) -> torch.Tensor | None:
-        """Weights of consecutive stretches as [R, H, T, L], those that saw fewer entries padded with zeros."""
+    def _put_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights [B, H, T, L] of the batch from those of these sequences, [R, H, T, L]."""
+        if self.sequences.columns is None:
+            return weights
+        flat = weights.transpose(1, 2).flatten(2)
+        batch = self.sequences.put(None, flat, tuple(self.call.token_ids.shape))
+        return batch.unflatten(2, weights.shape[1::2]).transpose(1, 2)
+
+    def _joined_weights(self, weights: list[torch.Tensor | None]) -> torch.Tensor | None:
+        """Weights of consecutive stretches as [B, H, T, L], those that saw fewer entries padded with zeros."""
+        if len(weights) == 1:
+            return weights[0]
         if weights[0] is None:
             return None
         widest = max(weight.shape[-1] for weight in weights)
-        return _joined([F.pad(weight, (0, widest - weight.shape[-1])) for weight in weights])
+        return self._put_weights(_joined([F.pad(weight, (0, widest - weight.shape[-1])) for weight in weights]))
 
     # --------------------------------------------------------------------------------------------------- with gradients
 
@@ -572,7 +597,7 @@ class BankReader:
                     gates, level = route_gates(complexity, settings), entries.level
                 biases = _with_holes(key_bias, gates, level, segment.holes, num_keys)
             start = rotary_start(num_keys - count, num_prefix, settings)
-            return self._attend(rotate(queries, *rotary.range(start, start + count)), keys, values, biases, [row])
+            return self._attend(rotate(queries, *rotary.range(start, start + count)), keys, values, biases)
 
         part = tokens.slice(segment.start, segment.stop)
         inputs = (part.queries, part.complexity, pool.keys, pool.values, pool.bias)

@@ -39,7 +39,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .bank_reader import BankReader, Call, RotaryTable, Sequences, Tokens, refreshed
+from .bank_reader import BankReader, Call, RotaryTable, Sequences, Tokens, refreshed, stays_lossless
 from .configuration_bwr_dnc import BwrDncConfig
 from .memory_ops import COMPLEXITY_SHIFT, BankSettings
 from .state_bank import BankState, StateBankCache, StateBankLayer, StateShapes, check_matches_config, extend_history
@@ -163,7 +163,7 @@ class ShortConvolution(nn.Module):
         reach = self.weight.shape[-1] - 1
         held = settings.segment_length + reach
         before = hidden_states.new_zeros(batch_size, held, hidden_size) if state is None else state.conv_inputs
-        after, output = list(before), None
+        after, output = list(before), torch.zeros_like(hidden_states)
         for sequences in call.sequences:
             inputs = sequences.take(hidden_states)
             past = before[sequences.rows]
@@ -223,6 +223,11 @@ class SinkWindowAttention(nn.Module):
         if self.config.short_conv_kernel:
             hidden_states, conv_inputs = self.short_conv(hidden_states, call, settings, state)
         projected = self._project(hidden_states)
+        shows_columns = call.key_columns is not None and all(
+            stays_lossless(state.rows[row], count, settings)
+            for sequences in call.sequences
+            for row, count in zip(sequences.rows, sequences.counts, strict=True)
+        )
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in projected)
         output = weights = None
         rows: list[int] = []
@@ -237,7 +242,13 @@ class SinkWindowAttention(nn.Module):
             elif sequences.rows != list(range(shape[0])):
                 part = state.select(sequences.rows)
             reader = BankReader(
-                call, settings, sequences, self.scaling, *self._learned_parts(), _journal(layer, state, sequences)
+                call,
+                settings,
+                sequences,
+                self.scaling,
+                *self._learned_parts(),
+                _journal(layer, state, sequences),
+                shows_columns,
             )
             if needs_gradient:
                 read = reader.read_with_gradient
@@ -245,8 +256,7 @@ class SinkWindowAttention(nn.Module):
                 read = reader.read_in_place if call.active is None else reader.read_one_token
             part_output, part_weights, part = read(tokens, part)
             output = sequences.put(output, part_output.transpose(1, 2).flatten(2), shape)
-            if part_weights is not None:
-                weights = _put_weights(weights, part_weights, sequences, shape)
+            weights = part_weights if weights is None else _sum_of_parts(weights, part_weights)
             if call.keeps_state:
                 kept = [i for i, keeps in enumerate(sequences.keeps_state) if keeps]
                 rows += [sequences.rows[i] for i in kept]
@@ -338,17 +348,10 @@ def _journal(layer: StateBankLayer | None, state: BankState, sequences: Sequence
     return note
 
 
-def _put_weights(weights, part: torch.Tensor, sequences: Sequences, shape: tuple[int, int]) -> torch.Tensor:
-    """Attention weights [B, H, T, L] of the batch with those of some sequences, [R, H, T, L], put in."""
-    if sequences.columns is None:
-        return part
-    part = part.transpose(1, 2)  # [R, T, H, L]
-    widest = part.shape[-1] if weights is None else max(part.shape[-1], weights.shape[-1])
-    part = F.pad(part, (0, widest - part.shape[-1]))
-    if weights is not None:
-        weights = F.pad(weights, (0, widest - weights.shape[-1])).transpose(1, 2).flatten(2)
-    weights = sequences.put(weights, part.flatten(2), shape)
-    return weights.unflatten(2, (-1, widest)).transpose(1, 2)
+def _sum_of_parts(weights: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Attention weights [B, H, T, L] of different tokens of a batch in one tensor, as wide as the wider."""
+    widest = max(weights.shape[-1], others.shape[-1])
+    return F.pad(weights, (0, widest - weights.shape[-1])) + F.pad(others, (0, widest - others.shape[-1]))
 
 
 class BwrDncDecoderLayer(GradientCheckpointingLayer):
@@ -394,6 +397,10 @@ class BwrDncPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _can_record_outputs = {"hidden_states": BwrDncDecoderLayer, "attentions": SinkWindowAttention}
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -464,6 +471,8 @@ class BwrDncModel(BwrDncPreTrainedModel):
                 )
         if cache is not None:
             cache.written_by(self)
+        use_memory = self.config.use_memory if use_memory is None else use_memory
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         layout = lay_out(
             inputs_embeds.shape[:2],
             attention_mask,
@@ -471,12 +480,10 @@ class BwrDncModel(BwrDncPreTrainedModel):
             cache,
             self.config.segment_length,
             inputs_embeds.device,
+            bool(output_attentions),
         )
-        use_memory = self.config.use_memory if use_memory is None else use_memory
         if input_ids is None:
             input_ids = torch.full(inputs_embeds.shape[:2], -1, dtype=torch.int64, device=inputs_embeds.device)
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
         call = Call(
             rotary=self.rotary_emb.table(inputs_embeds, layout.longest),
             sequences=layout.sequences,
@@ -487,7 +494,7 @@ class BwrDncModel(BwrDncPreTrainedModel):
             eager=self.config._attn_implementation == "eager",
             output_attentions=bool(output_attentions),
             noise_seed=retention_noise_seed,
-            key_columns=layout.key_columns if output_attentions else None,
+            key_columns=layout.key_columns,
             num_columns=layout.num_columns,
         )
         hidden_states = inputs_embeds
@@ -535,6 +542,7 @@ class Layout:
     sequences: list[Sequences]
     longest: int  # tokens read by the widest row after this call
     active: list[bool] | None = None  # see `Call`
+    real: torch.Tensor | None = None  # [B, T] bool: tokens that are no padding; None: all
     counted: torch.Tensor | None = None  # [B, T] bool: tokens that extend the history of their row; None: all
     restarted: list[int] = field(default_factory=list)  # rows whose history starts anew
     key_columns: torch.Tensor | None = None  # see `Call`
@@ -548,6 +556,7 @@ def lay_out(
     cache: StateBankCache | None,
     segment_length: int,
     device: torch.device,
+    wants_columns: bool = False,
 ) -> Layout:
     """
     Group the real tokens of a call [B, T] into sequences that can be read together.
@@ -566,6 +575,8 @@ def lay_out(
     if real is None and starts is None:
         whole = Sequences(everything, [num_tokens] * batch_size, keeps_state=[True] * batch_size)
         layout = Layout([whole], max(seen) + num_tokens)
+        if wants_columns and attention_mask is not None:
+            _note_columns(layout, attention_mask, seen, whole.counts)
         if is_uniform:
             return layout
         if num_tokens == 1:
@@ -575,8 +586,8 @@ def lay_out(
         real = torch.ones(shape, dtype=torch.bool, device=device)
     real_columns = [row.nonzero().squeeze(-1) for row in real]
     counts = [len(columns) for columns in real_columns]
-    layout = Layout([], max(map(sum, zip(seen, counts, strict=True))), counted=real)
-    if attention_mask is not None and starts is None and num_tokens <= attention_mask.shape[1]:
+    layout = Layout([], max(map(sum, zip(seen, counts, strict=True))), real=real, counted=real.clone())
+    if wants_columns and attention_mask is not None and starts is None:
         _note_columns(layout, attention_mask, seen, counts)
     if num_tokens == 1 and starts is None:
         layout.sequences = [Sequences(everything, counts, keeps_state=[True] * batch_size)]
@@ -671,8 +682,14 @@ def _extend_histories(cache: StateBankCache, token_ids: torch.Tensor, layout: La
         history = history.clone()
         history[layout.restarted] = 0
     history = extend_history(history, token_ids, layout.counted)
+    num_tokens = token_ids.shape[1]
+    pads = [()] * token_ids.shape[0]
+    if layout.real is not None:
+        pads = [tuple(index for index, is_real in enumerate(row) if not is_real) for row in layout.real.tolist()]
     for state in cache.states:
         state.history = history
+        for row, row_pads in zip(state.rows, pads, strict=True):
+            row.feed(num_tokens, row_pads, state.settings.segment_length)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,20 @@ class RowState:
     window_start: int = 0  # position of the first token in the window
     slot_counts: tuple[int, int, int] = (0, 0, 0)
     pinned: tuple[tuple[int, int], ...] = ()  # spans of positions that are never demoted
+    columns: int = 0  # columns of input fed, padding included: what the library calls the length of a cache
+    pads: tuple[int, ...] = ()  # which of the latest columns were padding
+
+    def feed(self, num_columns: int, pads: tuple[int, ...], num_recent: int) -> None:
+        """Count columns of input, of which those at `pads` were padding; remember that for the latest `num_recent`."""
+        pads = self.pads + tuple(self.columns + pad for pad in pads)
+        self.columns += num_columns
+        self.pads = tuple(pad for pad in pads if pad >= self.columns - num_recent)
+
+    def unfed(self, num_columns: int) -> "RowState":
+        """As it was before the last `num_columns` columns."""
+        columns = self.columns - num_columns
+        pads = tuple(pad for pad in self.pads if pad < columns)
+        return replace(self, seen=self.seen - num_columns + len(self.pads) - len(pads), columns=columns, pads=pads)
 
     @property
     def num_slots(self) -> int:
@@ -206,6 +220,10 @@ class BankState:
         order = rest + indices
         return together.select([order.index(i) for i in range(len(self.rows))])
 
+    def without_columns(self) -> "BankState":
+        """Same rows, their padding forgotten: as if only real tokens had ever been fed."""
+        return replace(self, rows=[replace(row, columns=row.seen, pads=()) for row in self.rows])
+
     def with_holes(self) -> "BankState":
         if self.holes is not None:
             return self
@@ -330,8 +348,8 @@ class StateBankLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen by the widest row."""
-        return 0 if self.state is None else max((row.seen for row in self.state.rows), default=0)
+        """Tokens seen by the widest row, columns of padding included."""
+        return 0 if self.state is None else max((row.columns for row in self.state.rows), default=0)
 
     def get_max_length(self) -> int:
         return -1
@@ -403,33 +421,35 @@ class StateBankLayer(CacheLayerMixin):
         if count == 0 or self.state is None:
             return
         state, segment_length = self.state, self.state.settings.segment_length
-        history, earlier = state.history.clone(), {}
-        for index, row in enumerate(state.rows):
-            target = row.seen - count
-            if target < 0 or count > max(segment_length, row.seen if row.window_start == 0 else 0):
+        history, conv_inputs, earlier = state.history.clone(), state.conv_inputs.clone(), {}
+        targets = [row.unfed(count) for row in state.rows]
+        for index, (row, target) in enumerate(zip(state.rows, targets, strict=True)):
+            removed = row.seen - target.seen
+            if target.columns < 0 or removed > max(segment_length, row.seen if row.window_start == 0 else 0):
                 raise ValueError(
-                    f"`crop` was asked to remove {count} of {row.seen} tokens, but at most the last segment_length = "
+                    f"`crop` was asked to remove {count} of {row.columns} tokens, but at most the last segment_length = "
                     f"{segment_length} tokens can be taken back; read the sequence again up to the token you want."
                 )
-            end = row.seen - row.window_start
-            history[index] = shorten_history(history[index], state.window_ids[index, end - count : end])
             boundary = row.window_start + segment_length if row.window_start else -1
             before = self.journal[index] if self.journal else None
-            if target <= boundary and before is not None:
+            if removed and target.seen <= boundary and before is not None:
                 earlier[index] = before[0].select([before[1]])
-            elif target < boundary:
+            elif target.seen < boundary:
                 raise ValueError(
                     f"`crop` was asked to remove {count} tokens, but the memory was consolidated {row.seen - boundary} tokens ago "
                     "and the state before was not kept; call `cache.activate_past_recording()` before reading."
                 )
-        conv_inputs = state.conv_inputs
-        if conv_inputs.shape[1]:
-            conv_inputs = F.pad(conv_inputs, (0, 0, count, 0))[:, : conv_inputs.shape[1]]
-        targets = [row.seen - count for row in state.rows]
+            end = row.seen - row.window_start
+            history[index] = shorten_history(history[index], state.window_ids[index, end - removed : end])
+            if conv_inputs.shape[1] and removed:
+                conv_inputs[index] = F.pad(conv_inputs[index], (0, 0, removed, 0))[: conv_inputs.shape[1]]
         for index, before in earlier.items():
             state = state.replaced([index], before)
             self.journal[index] = None
-        rows = [replace(row, seen=target) for row, target in zip(state.rows, targets, strict=True)]
+        rows = [
+            replace(row, seen=target.seen, columns=target.columns, pads=target.pads)
+            for row, target in zip(state.rows, targets, strict=True)
+        ]
         self.state = replace(state, rows=rows, history=history, conv_inputs=conv_inputs).cleared()
 
 
@@ -535,7 +555,7 @@ class StateBankCache(Cache):
         return self.layers[0].state.rows if self.states else []
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, by the widest row."""
+        """Tokens seen by the widest row, columns of padding included, as `generate` counts."""
         return self.layers[layer_idx].get_seq_length()
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -585,7 +605,7 @@ class StateBankCache(Cache):
         stacked = StateBankCache(layers=[type(layer)() for layer in first.layers])
         stacked._writer, stacked._loaded_fingerprint = first._writer, first._loaded_fingerprint
         for index, layer in enumerate(stacked.layers):
-            layer.state = BankState.stack([cache.layers[index].state for cache in caches])
+            layer.state = BankState.stack([cache.layers[index].state for cache in caches]).without_columns()
         return stacked
 
     def unstack(self) -> "list[StateBankCache]":
@@ -596,6 +616,8 @@ class StateBankCache(Cache):
             cache.layers = [copy.copy(layer) for layer in self.layers]
             for layer in cache.layers:
                 layer.select([row])
+                if layer.state is not None:
+                    layer.state = layer.state.without_columns()
             caches.append(cache)
         return caches
 
@@ -926,10 +948,12 @@ def _state_from_files(description: dict, tensors: dict[str, torch.Tensor], index
         settings[name] = tuple(settings[name])
     rows = [
         RowState(
-            row["seen"],
-            row["window_start"],
-            tuple(row["slot_counts"]),
-            tuple(tuple(span) for span in row["pinned"]),
+            **row
+            | {
+                "slot_counts": tuple(row["slot_counts"]),
+                "pinned": tuple(map(tuple, row["pinned"])),
+                "pads": tuple(row["pads"]),
+            }
         )
         for row in description["rows"][index]
     ]

@@ -112,7 +112,7 @@ def draw_held_text(cache: StateBankCache, tokenizer: PreTrainedTokenizerBase, pa
     figure.text(
         margin / width, 1 - 0.42 / height,
         f"The text still held: {np.count_nonzero(share):,} of the {window_start:,} tokens outside the window are in a slot of "
-        f"some head, the average one in {100 * share.mean():.0f}% of them",
+        f"at least one of {len({(slot['layer'], slot['head']) for slot in held})} heads",
         fontsize=15, fontweight="bold", color=INK,
     )  # fmt: skip
     figure.savefig(path)

@@ -75,7 +75,7 @@ def continue_text(
 
     Afterwards `cache` holds all of it, the last written token included, so that the next call goes on seamlessly.
     """
-    memory = {} if use_memory else {"use_memory": False}
+    memory: dict = {} if use_memory else {"use_memory": False}
     if token_ids.shape[1] > 1:
         read_tokens(model, token_ids[:, :-1], cache, on_progress, **memory)
     before = cache.get_seq_length()
