@@ -1,0 +1,313 @@
+"""A training run from a recipe: model, data, Trainer, and a folder with the result."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..configuration_bwr_dnc import BwrDncConfig
+from ..modeling_bwr_dnc import BwrDncForCausalLM
+from ..peft_defaults import MEMORY_MODULES, NOT_QUANTIZED
+from ..presets import list_presets, preset_path, tokenizer_path
+from .arguments import BwrDncTrainingArguments
+from .data import DataSource, RowCollator, build_rows, split_validation
+from .memory_metrics import is_memory_parameter
+from .recipe import Recipe
+from .staging import complete_folder
+from .trainer import BwrDncTrainer
+
+# Settings that may differ between a checkpoint and the model that goes on from it.
+FREE_SETTINGS = {
+    "transformers_version",
+    "use_cache",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "auto_map",
+    "_name_or_path",
+}
+
+
+@dataclass
+class RunResult:
+    """What a run has done: its folder, steps, and last losses (nats per token)."""
+
+    folder: Path
+    num_steps: int
+    train_loss: float
+    eval_loss: float | None
+    num_trained: int  # parameters
+    num_parameters: int
+
+
+def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunResult:
+    """
+    Train, and write the result to `<output_dir>/model` (or `<output_dir>/adapter`).
+
+    Args:
+        from_scratch: new random weights; otherwise those of `recipe.model`.
+        resume: go on from the last checkpoint in `output_dir`, if there is one.
+
+    Raises:
+        ValueError: for anything in the recipe that cannot work, before training begins.
+    """
+    # Small activations decay into denormal numbers, which CPUs compute with many times slower.
+    torch.set_flush_denormal(True)
+    if from_scratch and recipe.method != "full":
+        raise ValueError(
+            f"`method` is {recipe.method!r}, but training from scratch trains everything; use scripts.finetune"
+        )
+    arguments = training_arguments(recipe)
+    checkpoint = find_checkpoint(Path(arguments.output_dir), resume)
+    set_seed(arguments.seed)
+    tokenizer = load_tokenizer(recipe)
+    model = new_model(recipe, tokenizer) if from_scratch else load_model(recipe)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, model)
+    model = prepare_for_method(model, recipe)
+    with arguments.main_process_first(desc="reading the data"):
+        train_rows, validation_rows = load_rows(recipe, tokenizer, arguments.seed)
+    if validation_rows is None and arguments.eval_strategy != "no":
+        raise ValueError(
+            "`training.eval_strategy` asks for evaluation; name `data.validation` or `data.validation_fraction`"
+        )
+    try:
+        trainer = BwrDncTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows,
+            processing_class=tokenizer,
+            data_collator=RowCollator(
+                tokenizer.pad_token_id or 0, recipe.data.sequence_length if arguments.world_size > 1 else None
+            ),
+        )
+    except (ImportError, RuntimeError) as error:
+        # A missing logger or optimizer library says what to install.
+        raise ValueError(str(error)) from error
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    eval_loss = trainer.evaluate()["eval_loss"] if validation_rows is not None else None
+    folder = save_result(trainer, recipe, tokenizer)
+    return RunResult(
+        folder=folder,
+        num_steps=output.global_step,
+        train_loss=output.training_loss,
+        eval_loss=eval_loss,
+        num_trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        num_parameters=trainer.model.num_parameters(),
+    )
+
+
+def training_arguments(recipe: Recipe) -> BwrDncTrainingArguments:
+    defaults = {
+        "output_dir": f"runs/{Path(recipe.model).name}",
+        "report_to": "none",
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "disable_tqdm": False,
+    }
+    try:
+        return BwrDncTrainingArguments(**defaults | recipe.training)
+    except (TypeError, ImportError, RuntimeError) as error:
+        raise ValueError(f"`training` does not work: {error}") from error
+
+
+def find_checkpoint(output: Path, resume: bool) -> str | None:
+    """The last complete checkpoint to go on from, None to begin."""
+    if not output.is_dir():
+        return None
+    last = get_last_checkpoint(str(output))
+    if last is not None and not resume:
+        raise ValueError(
+            f"{output} holds checkpoints of an earlier run; go on with --resume, or set training.output_dir"
+        )
+    return last
+
+
+def check_checkpoint(checkpoint: str, model: BwrDncForCausalLM) -> None:
+    """Raises `ValueError`, naming what differs, for the checkpoint of another model."""
+    path = Path(checkpoint) / "config.json"
+    if not path.is_file():
+        # An adapter: PEFT compares its shapes itself.
+        return
+    theirs, mine = BwrDncConfig.from_pretrained(checkpoint).to_dict(), model.config.to_dict()
+    different = [
+        f"{name} ({theirs.get(name)!r}, now {mine.get(name)!r})"
+        for name in sorted(theirs.keys() | mine.keys())
+        if name not in FREE_SETTINGS and theirs.get(name) != mine.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{checkpoint} belongs to another model: {', '.join(different)}; use its settings, or another training.output_dir"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ model, tokenizer
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    name = recipe.tokenizer
+    if name is None:
+        name = str(tokenizer_path()) if recipe.model in list_presets() else recipe.model
+    elif "/" not in name and not Path(name).exists():
+        name = str(tokenizer_path(name))
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"there is no tokenizer at {name}; set `tokenizer` ({str(error).splitlines()[0]})") from error
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BwrDncForCausalLM:
+    """Random weights for the config of a preset or folder, with the tokenizer's special tokens."""
+    name = str(preset_path(recipe.model)) if recipe.model in list_presets() else recipe.model
+    _require_folder_or_hub_name(name)
+    tokens = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings = {key: value for key, value in tokens.items() if value is not None} | recipe.model_settings
+    check_settings(settings)
+    config = AutoConfig.from_pretrained(name, **settings)
+    check_is_ours(config, name)
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"the model has {config.vocab_size} token ids, but the tokenizer {len(tokenizer)}; set model_settings.vocab_size"
+        )
+    return BwrDncForCausalLM(config).to(getattr(torch, recipe.dtype))
+
+
+def load_model(recipe: Recipe) -> BwrDncForCausalLM:
+    """Pretrained weights, quantised for `qlora`; the memory parameters in float32 there."""
+    name = recipe.model
+    _require_folder_or_hub_name(name)
+    check_settings(recipe.model_settings)
+    check_is_ours(AutoConfig.from_pretrained(name), name)
+    options = {"dtype": getattr(torch, recipe.dtype)}
+    if recipe.method == "qlora":
+        options["quantization_config"] = quantization_config(recipe.quantization, options["dtype"])
+        options["device_map"] = {"": _own_device()}
+    model = BwrDncForCausalLM.from_pretrained(name, **options, **recipe.model_settings)
+    for parameter_name, parameter in model.named_parameters():
+        if is_memory_parameter(parameter_name) and recipe.method != "full":
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _own_device() -> str | int:
+    return int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
+
+
+def quantization_config(kind: str, dtype: torch.dtype):
+    """bitsandbytes settings that leave the head and the memory alone."""
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=NOT_QUANTIZED
+    )
+
+
+def check_settings(settings: dict) -> None:
+    """Raises `ValueError` for what is no field of the config."""
+    unknown = sorted(set(settings) - set(BwrDncConfig().to_dict()) - set(BwrDncConfig.attribute_map))
+    if unknown:
+        raise ValueError(
+            f"`model_settings` has unknown keys: {', '.join(unknown)}; the fields of BwrDncConfig are known"
+        )
+
+
+def check_is_ours(config, name: str) -> None:
+    if config.model_type != BwrDncConfig.model_type:
+        raise ValueError(
+            f"{name} is a {config.model_type} model; convert it first: python -m scripts.convert --source {name}"
+        )
+
+
+def _require_folder_or_hub_name(name: str) -> None:
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{name} is no model folder (it holds no config.json)")
+    if not path.is_dir() and (path.is_absolute() or name.count("/") != 1):
+        raise ValueError(f"there is no preset or model folder {name}; presets are {', '.join(list_presets())}")
+
+
+def prepare_for_method(model: BwrDncForCausalLM, recipe: Recipe) -> nn.Module:
+    """Freeze what the method does not train; add adapters."""
+    if recipe.method == "memory":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = is_memory_parameter(name)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(f"{recipe.model} has no memory parameters (no layer is a state_bank_attention layer)")
+    if not recipe.uses_adapter:
+        return model
+    return add_adapter(model, recipe.adapter)
+
+
+def add_adapter(model: BwrDncForCausalLM, settings: dict) -> nn.Module:
+    """LoRA on every projection, and the memory trained whole, unless `settings` of `LoraConfig` say otherwise."""
+    from peft import LoraConfig, get_peft_model
+
+    has_memory = any(is_memory_parameter(name) for name, _ in model.named_parameters())
+    defaults = {"r": 16, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
+    if has_memory:
+        defaults["modules_to_save"] = list(MEMORY_MODULES)
+    try:
+        config = LoraConfig(**defaults | settings)
+    except TypeError as error:
+        raise ValueError(f"`adapter` holds what LoraConfig does not know: {error}") from None
+    return get_peft_model(model, config)
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+
+def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int):
+    """Training rows, and validation rows or None."""
+    data = recipe.data
+
+    def build(sources, streaming):
+        return build_rows(
+            sources,
+            tokenizer,
+            data.sequence_length,
+            packing=data.packing,
+            streaming=streaming,
+            seed=seed,
+            make_task=make_task,
+        )
+
+    rows = build(data.sources, data.streaming)
+    if data.validation:
+        return rows, build(data.validation, False)
+    if data.validation_fraction is not None:
+        return split_validation(rows, data.validation_fraction, seed)
+    return rows, None
+
+
+def make_task(source: DataSource):
+    """Examples of a generated task, by its name."""
+    try:
+        from ..tasks import make_task as make
+    except ImportError:
+        raise ValueError(f"the task {source.task!r} is not available in this installation") from None
+    return make(source.task, **source.options)
+
+
+# ---------------------------------------------------------------------------------------------------------------- result
+
+
+def save_result(trainer: BwrDncTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Write the model, or the adapter, to a folder that appears when it is complete."""
+    output, arguments = Path(trainer.args.output_dir), trainer.args
+    trainer.model.config.use_cache = True
+    name = "adapter" if recipe.uses_adapter else "model"
+    with complete_folder(output / name, arguments.should_save, trainer.accelerator.wait_for_everyone) as folder:
+        trainer.save_model(str(folder))
+    if recipe.merge and arguments.should_save:
+        with complete_folder(output / "model") as folder:
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        name = "model"
+    return output / name
