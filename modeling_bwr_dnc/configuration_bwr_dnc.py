@@ -1,8 +1,13 @@
 """Configuration of BWR-DNC models."""
 
+import sys
+
 from huggingface_hub.dataclasses import strict
+from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+
+from .peft_defaults import register_peft_defaults
 
 LAYER_TYPES = ("state_bank_attention", "sink_window_attention")
 MEMORY_POSITIONS = ("rank", "constant")
@@ -15,6 +20,10 @@ RETENTION_SCORES = (
     "recency",
     "random",
 )
+# `Trainer` reads the config of a checkpoint as the base class when it resumes, which checks layer types by these lists.
+for _name in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
+    _known = getattr(configuration_utils, _name, ())
+    setattr(configuration_utils, _name, tuple(dict.fromkeys((*_known, *LAYER_TYPES))))
 AUTO_MAP = {
     "AutoConfig": "configuration_bwr_dnc.BwrDncConfig",
     "AutoModel": "modeling_bwr_dnc.BwrDncModel",
@@ -142,6 +151,12 @@ class BwrDncConfig(PreTrainedConfig):
         all_banks = self.use_memory and all(kind == "state_bank_attention" for kind in self.layer_types)
         held = self.num_sink_tokens + (self.memory_slots[0] if all_banks else 0)
         return held // self.segment_length * self.segment_length + 2 * self.segment_length
+
+    def to_dict(self) -> dict:
+        """The library's. PEFT asks for it just before it looks up the default target modules of a model type."""
+        if "peft" in sys.modules:
+            register_peft_defaults()
+        return super().to_dict()
 
     def validate_architecture(self):
         """Rules between fields. Raises `ValueError` with the value, the rule and the remedy."""
