@@ -79,7 +79,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
         read_tokens(model, ids[:, :-1], cache, on_progress)
         progress.update(1)
-    print(f"Size of the memory: {', '.join(sizes)} tokens.")
+    print(f"Size of the memory: {sizes[len(sizes) // 2]} tokens, {sizes[-1]} tokens.")
     written = continue_text(model, tokenizer, ids[:, -1:], cache, max_new_tokens=48, **GREEDY)
     print(f"\n... {tokenizer.decode(ids[0, -40:])}>>>{tokenizer.decode(written[0])}")
 
