@@ -78,11 +78,12 @@ def load_source(source: str | Path, dtype: torch.dtype | None = None) -> Source:
         raise ValueError(f"{name} is quantised; convert the unquantised checkpoint, then quantise the result")
     model = _load_exactly(name, config=config, dtype=dtype or "auto")
     base_model, license_name, languages = _read_card(name, is_local)
+    repository = _repository_of_snapshot(path) if is_local else name
     return Source(
-        name=path.resolve().name if is_local else name,
+        name=repository or path.resolve().name,
         model=model,
         tokenizer=_load_tokenizer(name),
-        base_model=base_model if is_local else name,
+        base_model=repository or base_model,
         license=license_name,
         languages=languages,
     )
@@ -118,6 +119,13 @@ def _load_tokenizer(name: str, **options) -> PreTrainedTokenizerBase | None:
     except (OSError, ValueError, KeyError, TypeError):
         # Transformers has no error of its own for a folder without a tokenizer.
         return None
+
+
+def _repository_of_snapshot(path: Path) -> str | None:
+    """`owner/model` if the folder lies in the Hub's cache (models--owner--model/snapshots/COMMIT), else `None`."""
+    repository = path.absolute().parent.parent.name
+    is_snapshot = path.absolute().parent.name == "snapshots" and repository.startswith("models--")
+    return repository.removeprefix("models--").replace("--", "/") if is_snapshot else None
 
 
 def _read_card(name: str, is_local: bool) -> tuple[str | None, str | None, tuple[str, ...]]:

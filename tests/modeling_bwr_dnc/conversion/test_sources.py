@@ -36,6 +36,11 @@ def test_metadata_of_the_card_is_kept(folder):
     assert (source.license, source.languages, source.base_model) == ("apache-2.0", ("en",), "someone/something")
 
 
+def test_folder_in_the_cache_of_the_hub_is_its_repository(tmp_path):
+    source = load_source(save_source(tmp_path / "models--owner--tiny-model" / "snapshots" / "0123abcd"))
+    assert (source.name, source.base_model) == ("owner/tiny-model", "owner/tiny-model")
+
+
 def test_unknown_tensor_is_named(folder):
     change_tensors(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.gate.weight": torch.ones(2)}))
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.gate\.weight"):
