@@ -2,14 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST = -m pytest -n auto
+# The lower end of the range in pyproject.toml; constraints.txt pins the upper end.
+OLDEST_TRANSFORMERS = 5.20.0
 
-.PHONY: help demo test test-slow lint fresh
+.PHONY: help demo test test-slow test-oldest lint fresh
 
 help:
-	@echo "make demo       convert a pretrained model, read a long text with it, show what it remembers"
-	@echo "make test       the default test suite, in a fresh virtual environment"
-	@echo "make test-slow  the tests that take minutes or downloads"
-	@echo "make lint       style and type checks"
+	@echo "make demo         convert a pretrained model, read a long text with it, show what it remembers"
+	@echo "make test         the default test suite, in a fresh virtual environment"
+	@echo "make test-slow    the tests that take minutes or downloads"
+	@echo "make test-oldest  the default test suite with the oldest Transformers of the declared range"
+	@echo "make lint         style and type checks"
 	@echo "Another Python: make demo PYTHON=python3.13"
 
 define create-venv
@@ -37,6 +40,11 @@ test: .venv-test/.ready
 
 test-slow: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m slow
+
+test-oldest: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/oldest transformers==$(OLDEST_TRANSFORMERS)
+	PYTHONPATH=$(abspath $(VENV)/oldest) $(VENV)/bin/python $(PYTEST)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
