@@ -92,7 +92,7 @@ class Sequences:
         """Tokens of these sequences, [R, T, ...], from [B, T, ...]."""
         return batch if self.columns is None else batch.flatten(0, 1)[self.columns]
 
-    def put(self, batch: torch.Tensor | None, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    def put(self, batch: torch.Tensor | None, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """`batch` [B, T, F] (None: zeros) with the real tokens of these sequences set to `values` [R, T, F]."""
         if self.columns is None:
             return values
@@ -146,7 +146,8 @@ class Tokens:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
         per_head = (self.queries, self.keys, self.values, self.salience, self.complexity)
-        return Tokens(*map(function, per_head), self.token_ids)
+        queries, keys, values, salience, complexity = map(function, per_head)
+        return Tokens(queries, keys, values, salience, complexity, self.token_ids)
 
     def slice(self, start: int, stop: int) -> "Tokens":
         return replace(self.map(lambda tensor: tensor[:, :, start:stop]), token_ids=self.token_ids[:, start:stop])
@@ -263,7 +264,11 @@ class BankReader:
         _, paired, quartered = row.slot_counts
         stay, slot_counts, plan = consolidate(
             Candidates(
-                entries, state.keys[:, :, :candidates_end], state.values[:, :, :candidates_end], state.queries, settings
+                entries,
+                state.keys[:, :, :candidates_end],
+                state.values[:, :, :candidates_end],
+                state.queries,
+                settings,
             ),
             (candidates_end - num_sinks - paired - quartered, paired, quartered),
             num_sinks,
@@ -333,7 +338,8 @@ class BankReader:
         cos, sin = self.call.rotary.range(start, start + length)
         queries = rotate(state.queries, cos[::QUERY_STRIDE], sin[::QUERY_STRIDE])
         mask = self.call.causal_mask(length, num_keys)[::QUERY_STRIDE]
-        bias = additive_bias(*self._biases(state, state.complexity, num_keys), num_keys)
+        key_bias, gates, level = self._biases(state, state.complexity, num_keys)
+        bias = additive_bias(key_bias, gates, level, num_keys)
         weights = attention_weights(queries, state.rotated[:, :, :num_keys], mask, bias, self.scaling)
         return weights.mean(dim=(2, 3))[:, :, : num_prefix + length]
 
@@ -358,13 +364,14 @@ class BankReader:
         state.rotated[:, :, first : first + count] = rotate(tokens.keys, *self.call.rotary.range(start, start + count))
         state.window_salience[:, :, in_window : in_window + count] = tokens.salience
         state.window_ids[:, in_window : in_window + count] = tokens.token_ids
-        # Queries of the segment that the last token is in, at offsets 0, 8, 16, ...
+        # Queries of the segment that the last token is in, at offsets 0, 8, 16, ... (usage begins with segment 1).
         segment_start = (row.seen + count - 1) // self.settings.segment_length * self.settings.segment_length
         slot = -(-(max(row.seen, segment_start) - segment_start) // QUERY_STRIDE)
         stored = slice(segment_start + slot * QUERY_STRIDE - row.seen, count, QUERY_STRIDE)
-        queries = tokens.queries[:, :, stored]
-        state.queries[:, :, slot : slot + queries.shape[2]] = queries
-        state.complexity[:, :, slot : slot + queries.shape[2]] = tokens.complexity[:, :, stored]
+        if segment_start:
+            queries = tokens.queries[:, :, stored]
+            state.queries[:, :, slot : slot + queries.shape[2]] = queries
+            state.complexity[:, :, slot : slot + queries.shape[2]] = tokens.complexity[:, :, stored]
         for row in state.rows:
             row.seen += count
 
@@ -431,7 +438,11 @@ class BankReader:
         in_window = [row.seen - row.window_start for row in state.rows]
         write(state.window_salience, in_window, tokens.salience)
         write(state.window_ids, in_window, tokens.token_ids)
-        storing = [i for i, row in enumerate(state.rows) if active[i] and row.seen % length % QUERY_STRIDE == 0]
+        storing = [
+            index
+            for index, row in enumerate(state.rows)
+            if active[index] and row.seen >= length and row.seen % length % QUERY_STRIDE == 0
+        ]
         slots = [state.rows[i].seen % length // QUERY_STRIDE for i in storing]
         if storing:
             state.queries[storing, :, slots] = tokens.queries[storing, :, 0]
@@ -531,7 +542,11 @@ class BankReader:
     @torch.no_grad()
     def _plan(self, tokens: Tokens, state: BankState) -> tuple[list[PlannedSegment], "Finished", Plan]:
         """Walk the segments on detached values; record what each sees and which pairs merge."""
-        length, num_prefix, first_position = self.settings.segment_length, len(state.entries), state.rows[0].window_start
+        length, num_prefix, first_position = (
+            self.settings.segment_length,
+            len(state.entries),
+            state.rows[0].window_start,
+        )
         device, shape = state.keys.device, state.entries.level.shape
         state = state.map(lambda tensor: tensor.detach().clone())
         plan = Plan(torch.arange(num_prefix, device=device).expand(shape), ([], []))
@@ -605,7 +620,9 @@ class BankReader:
             return read(*inputs)
         return checkpoint(read, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-    def _differentiable(self, part: BankState, source, indices, tokens: Tokens, state: BankState, pool: Pool) -> BankState:
+    def _differentiable(
+        self, part: BankState, source, indices, tokens: Tokens, state: BankState, pool: Pool
+    ) -> BankState:
         """The planned state `part` of the sequences at `indices`, with gradients in what it holds."""
 
         def rows_of(tensor):
@@ -616,9 +633,14 @@ class BankReader:
         first = len(state.entries) + row.window_start - state.rows[0].window_start
         spare = 2 * self.settings.segment_length - in_window
         before = take_entries(rows_of(pool.keys), source), take_entries(rows_of(pool.values), source)
-        window = rows_of(pool.keys)[:, :, first : first + in_window], rows_of(pool.values)[:, :, first : first + in_window]
+        window = (
+            rows_of(pool.keys)[:, :, first : first + in_window],
+            rows_of(pool.values)[:, :, first : first + in_window],
+        )
         keys, values = (F.pad(torch.cat(both, dim=2), (0, 0, 0, spare)) for both in zip(before, window, strict=True))
-        salience = torch.cat((state.window_salience[:, :, : state.length() - len(state.entries)], tokens.salience), dim=2)
+        salience = torch.cat(
+            (state.window_salience[:, :, : state.length() - len(state.entries)], tokens.salience), dim=2
+        )
         offset = row.window_start - state.rows[0].window_start
         salience = F.pad(rows_of(salience)[:, :, offset : offset + in_window], (0, spare))
         entries = replace(part.entries, salience_bias=take_entries(rows_of(pool.bias), source))

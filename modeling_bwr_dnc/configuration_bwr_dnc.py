@@ -206,7 +206,9 @@ class BwrDncConfig(PreTrainedConfig):
             self.retention_score,
             f"be one of {RETENTION_SCORES}",
         )
-        require(self.short_conv_kernel >= 0, "short_conv_kernel", self.short_conv_kernel, "be at least 0 (0 means none)")
+        require(
+            self.short_conv_kernel >= 0, "short_conv_kernel", self.short_conv_kernel, "be at least 0 (0 means none)"
+        )
         require(0 <= self.hidden_dropout < 1, "hidden_dropout", self.hidden_dropout, "be a probability below 1")
         slots = sum(self.memory_slots) if self.memory_position == "rank" else min(sum(self.memory_slots), 1)
         positions = self.num_sink_tokens + slots + 2 * self.segment_length

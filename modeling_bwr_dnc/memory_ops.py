@@ -37,9 +37,9 @@ class BankSettings:
 
     segment_length: int
     num_sink_tokens: int
-    memory_slots: tuple[int, int, int]
+    memory_slots: tuple[int, ...]
     memory_position: str = "rank"
-    routing_thresholds: tuple[float, float] = (0.5, 0.8)
+    routing_thresholds: tuple[float, ...] = (0.5, 0.8)
     use_hard_routing: bool = False
     usage_weight: float = 1.0
     retention_score: str = "salience"
@@ -431,18 +431,20 @@ class Plan:
     LEVEL2 = 1 << 41
 
     source: torch.Tensor  # [B, G, N] int64
-    pairs: tuple[list[torch.Tensor], list[torch.Tensor]]  # per target level: [B, G, K, 2] pool indices, one per boundary
+    pairs: tuple[
+        list[torch.Tensor], list[torch.Tensor]
+    ]  # per target level: [B, G, K, 2] pool indices, one per boundary
 
 
 def consolidate(
     candidates: Candidates,
-    slot_counts: tuple[int, int, int],
+    slot_counts: tuple[int, ...],
     num_sinks: int,
     compress: Compress,
     pinned: torch.Tensor | None = None,
     plan: Plan | None = None,
     noise_seed: int | None = None,
-) -> tuple[Candidates, tuple[int, int, int], Plan | None]:
+) -> tuple[Candidates, tuple[int, ...], Plan | None]:
     """
     Decide which of M candidates stay, move down a level, merge or are forgotten.
 

@@ -202,7 +202,11 @@ class SinkWindowAttention(nn.Module):
             self.short_conv = ShortConvolution(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, call: Call, state: BankState | None = None, layer: StateBankLayer | None = None
+        self,
+        hidden_states: torch.Tensor,
+        call: Call,
+        state: BankState | None = None,
+        layer: StateBankLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, BankState | None]:
         """
         Args:
@@ -229,27 +233,20 @@ class SinkWindowAttention(nn.Module):
             for row, count in zip(sequences.rows, sequences.counts, strict=True)
         )
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in projected)
+        compressor, uses_routing = self._learned_parts()
         output = weights = None
         rows: list[int] = []
         parts: list[BankState] = []
         for sequences in call.sequences:
-            tokens = Tokens(
-                *(sequences.take(tensor).transpose(1, 2) for tensor in projected), sequences.take(call.token_ids)
-            )
+            queries, keys, values, salience, complexity = (sequences.take(part).transpose(1, 2) for part in projected)
+            tokens = Tokens(queries, keys, values, salience, complexity, sequences.take(call.token_ids))
             part = state
             if sequences.is_fresh:
                 part = self._empty_state(settings, len(sequences.rows), hidden_states)
             elif sequences.rows != list(range(shape[0])):
                 part = state.select(sequences.rows)
-            reader = BankReader(
-                call,
-                settings,
-                sequences,
-                self.scaling,
-                *self._learned_parts(),
-                _journal(layer, state, sequences),
-                shows_columns,
-            )
+            note = _journal(layer, state, sequences)
+            reader = BankReader(call, settings, sequences, self.scaling, compressor, uses_routing, note, shows_columns)
             if needs_gradient:
                 read = reader.read_with_gradient
             else:
@@ -301,7 +298,10 @@ class SinkWindowAttention(nn.Module):
 
     def _memory_logits(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape = hidden_states.shape[:2]
-        options = {"dtype": torch.promote_types(hidden_states.dtype, torch.float32), "device": hidden_states.device}
+        options: dict = {
+            "dtype": torch.promote_types(hidden_states.dtype, torch.float32),
+            "device": hidden_states.device,
+        }
         salience = torch.zeros(*shape, self.config.num_key_value_heads, **options)
         return salience, torch.full((*shape, self.config.num_attention_heads), COMPLEXITY_SHIFT, **options)
 
@@ -364,7 +364,11 @@ class BwrDncDecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, hidden_states: torch.Tensor, call: Call, state: BankState | None = None, layer: StateBankLayer | None = None
+        self,
+        hidden_states: torch.Tensor,
+        call: Call,
+        state: BankState | None = None,
+        layer: StateBankLayer | None = None,
     ) -> tuple[torch.Tensor, BankState | None]:
         attended, _, state = self.self_attn(self.input_layernorm(hidden_states), call, state, layer)
         hidden_states = hidden_states + self.dropout(attended)
@@ -428,7 +432,7 @@ class BwrDncModel(BwrDncPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -550,7 +554,7 @@ class Layout:
 
 
 def lay_out(
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     cache: StateBankCache | None,
@@ -612,7 +616,7 @@ def lay_out(
     return layout
 
 
-def _real_tokens(attention_mask: torch.Tensor, shape: tuple[int, int], seen: list[int]) -> torch.Tensor | None:
+def _real_tokens(attention_mask: torch.Tensor, shape: tuple[int, ...], seen: list[int]) -> torch.Tensor | None:
     """Real tokens of a call, [B, T] bool, None if all are. The mask may cover the history, too, and must then agree with it."""
     batch_size, num_tokens = shape
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_tokens:
@@ -633,7 +637,7 @@ def _real_tokens(attention_mask: torch.Tensor, shape: tuple[int, int], seen: lis
 
 
 def _document_starts(
-    position_ids: torch.Tensor, real: torch.Tensor | None, shape: tuple[int, int], seen: list[int]
+    position_ids: torch.Tensor, real: torch.Tensor | None, shape: tuple[int, ...], seen: list[int]
 ) -> torch.Tensor | None:
     """Where packed documents start, [B, T] bool; None if every row only continues."""
     starts = (position_ids[:, -shape[1] :] == 0).expand(shape)
@@ -683,7 +687,7 @@ def _extend_histories(cache: StateBankCache, token_ids: torch.Tensor, layout: La
         history[layout.restarted] = 0
     history = extend_history(history, token_ids, layout.counted)
     num_tokens = token_ids.shape[1]
-    pads = [()] * token_ids.shape[0]
+    pads: list[tuple[int, ...]] = [()] * token_ids.shape[0]
     if layout.real is not None:
         pads = [tuple(index for index, is_real in enumerate(row) if not is_real) for row in layout.real.tolist()]
     for state in cache.states:
@@ -704,7 +708,7 @@ class FinishedRows(StoppingCriteriaList):
         super().__init__()
         self.columns: torch.Tensor | None = None  # [B] of the last token of finished rows, beyond reach for others
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
         done = super().__call__(input_ids, scores, **kwargs)
         if self.columns is None:
             self.columns = torch.full_like(input_ids[:, 0], torch.iinfo(torch.int64).max)
@@ -712,7 +716,7 @@ class FinishedRows(StoppingCriteriaList):
         self.columns = torch.where(done.to(self.columns.device), torch.minimum(self.columns, now), self.columns)
         return done
 
-    def mask(self, attention_mask: torch.Tensor | None, input_ids: torch.LongTensor) -> torch.Tensor | None:
+    def mask(self, attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor | None:
         """`attention_mask` [B, W] without what a row was fed after it has finished, its last token included."""
         if self.columns is None or input_ids.shape[0] == 1:
             return attention_mask
@@ -736,7 +740,7 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -770,7 +774,13 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         )
         options = {"past_key_values": past_key_values, "use_cache": use_cache, "use_memory": use_memory, **kwargs}
-        if only_last and num_tokens > block_length and labels is None and not torch.is_grad_enabled() and not shows_all:
+        if (
+            only_last
+            and num_tokens > block_length
+            and labels is None
+            and not torch.is_grad_enabled()
+            and not shows_all
+        ):
             outputs = self._read_in_blocks(inputs, num_tokens, block_length, logits_to_keep, options)
         else:
             outputs = self.model(**inputs, **options)
@@ -844,7 +854,7 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -898,8 +908,8 @@ def _kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Ten
 
 
 def _new_tokens(
-    cache: StateBankCache, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    cache: StateBankCache, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     The part of `input_ids` [B, T] that each row has not read, and its mask.
 

@@ -44,7 +44,7 @@ class RowState:
 
     seen: int = 0  # real tokens read
     window_start: int = 0  # position of the first token in the window
-    slot_counts: tuple[int, int, int] = (0, 0, 0)
+    slot_counts: tuple[int, ...] = (0, 0, 0)
     pinned: tuple[tuple[int, int], ...] = ()  # spans of positions that are never demoted
     columns: int = 0  # columns of input fed, padding included: what the library calls the length of a cache
     pads: tuple[int, ...] = ()  # which of the latest columns were padding
@@ -150,7 +150,7 @@ class BankState:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[RowState] | None = None) -> "BankState":
         """Same state with `function` applied to every tensor (batch first in each), and with other rows if given."""
-        changed = {name: function(tensor) for name, tensor in self.tensors().items() if "." not in name}
+        changed: dict = {name: function(tensor) for name, tensor in self.tensors().items() if "." not in name}
         rows = [replace(row) for row in self.rows] if rows is None else rows
         return replace(self, rows=rows, entries=self.entries.map(function), **changed)
 
@@ -175,7 +175,7 @@ class BankState:
         entries = self.entries.map(fit)
         entries.positions = fit(self.entries.positions, -1)
         entries.token_ids = fit(self.entries.token_ids, -1)
-        wide = {name: fit(getattr(self, name)) for name in ("keys", "values", "rotated", "key_bias", "holes")}
+        wide: dict = {name: fit(getattr(self, name)) for name in ("keys", "values", "rotated", "key_bias", "holes")}
         return replace(self, entries=entries, **wide)
 
     def cleared(self) -> "BankState":
@@ -189,7 +189,8 @@ class BankState:
                 tensor[index, :, state.length(index) :] = 0
             state.window_salience[index, :, in_window:] = 0
             state.window_ids[index, in_window:] = 0
-            stored = -(-(row.seen - (row.seen - 1) // segment_length * segment_length) // QUERY_STRIDE) if row.seen else 0
+            segment_start = (row.seen - 1) // segment_length * segment_length if row.seen else 0
+            stored = -(-(row.seen - segment_start) // QUERY_STRIDE) if segment_start else 0
             state.queries[index, :, stored:] = 0
             state.complexity[index, :, stored:] = 0
         return state
@@ -251,7 +252,9 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def extend_history(history: torch.Tensor, token_ids: torch.Tensor, is_real: torch.Tensor | None = None) -> torch.Tensor:
+def extend_history(
+    history: torch.Tensor, token_ids: torch.Tensor, is_real: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Hash of a history extended by new ids: h <- h * BASE + mix(id), modulo 2**64, over the real tokens of each row.
 
@@ -443,8 +446,8 @@ class StateBankLayer(CacheLayerMixin):
             history[index] = shorten_history(history[index], state.window_ids[index, end - removed : end])
             if conv_inputs.shape[1] and removed:
                 conv_inputs[index] = F.pad(conv_inputs[index], (0, 0, removed, 0))[: conv_inputs.shape[1]]
-        for index, before in earlier.items():
-            state = state.replaced([index], before)
+        for index, restored in earlier.items():
+            state = state.replaced([index], restored)
             self.journal[index] = None
         rows = [
             replace(row, seen=target.seen, columns=target.columns, pads=target.pads)
@@ -487,7 +490,9 @@ class StateBankCache(Cache):
     def __init__(self, config: BwrDncConfig | None = None, layers: list[StateBankLayer] | None = None):
         """From the `config` of a model, empty; or around existing cache `layers`."""
         if (config is None) == (layers is None):
-            raise ValueError("StateBankCache takes either the model's `config` or existing `layers`, not both or neither.")
+            raise ValueError(
+                "StateBankCache takes either the model's `config` or existing `layers`, not both or neither."
+            )
         if layers is None:
             layers = [_CACHE_LAYERS[kind]() for kind in config.get_text_config(decoder=True).layer_types]
         super().__init__(layers=layers)
@@ -598,7 +603,9 @@ class StateBankCache(Cache):
     def stack(caches: "list[StateBankCache]") -> "StateBankCache":
         """One batch of the rows of several caches, which may stand at different positions."""
         if not caches or any(not cache.states for cache in caches):
-            raise ValueError("StateBankCache.stack takes at least one cache, and each must have read at least one token.")
+            raise ValueError(
+                "StateBankCache.stack takes at least one cache, and each must have read at least one token."
+            )
         first = caches[0]
         for cache in caches[1:]:
             _require_same_settings(first, cache)
@@ -729,7 +736,9 @@ class StateBankCache(Cache):
         from them while reading stays in those tokens.
         """
         if not 0 <= start < end:
-            raise ValueError(f"`forget` got the span [{start}, {end}), but needs 0 <= start < end, in token positions.")
+            raise ValueError(
+                f"`forget` got the span [{start}, {end}), but needs 0 <= start < end, in token positions."
+            )
         for layer in self.layers:
             if layer.state is not None:
                 layer.state = _forget_span(layer.state, start, end, row)
@@ -764,7 +773,7 @@ class StateBankCache(Cache):
                     tensors[f"{index}.{name}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
         blob = save_safetensors(tensors)
         digest = hashlib.sha256(blob).hexdigest()
-        description = {
+        description: dict = {
             "format": "bwr_dnc_state_bank",
             "version": FORMAT_VERSION,
             "tensors": f"state_bank-{digest[:16]}.safetensors",
@@ -790,7 +799,9 @@ class StateBankCache(Cache):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns="state_bank-*", **kwargs))
+            return str(
+                api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns="state_bank-*", **kwargs)
+            )
 
     @classmethod
     def from_pretrained(
@@ -811,14 +822,18 @@ class StateBankCache(Cache):
         """
         source = str(pretrained_model_name_or_path)
         if os.path.isdir(source) and not os.path.isfile(os.path.join(source, STATE_FILE)):
-            raise ValueError(f"{source!r} has no {STATE_FILE}; name a folder written by `StateBankCache.save_pretrained`.")
+            raise ValueError(
+                f"{source!r} has no {STATE_FILE}; name a folder written by `StateBankCache.save_pretrained`."
+            )
         path = cached_file(source, STATE_FILE, **kwargs)
         try:
             description = json.loads(Path(path).read_bytes())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no JSON ({error}); the file is damaged, restore it from a copy.") from None
         if not isinstance(description, dict) or description.get("format") != "bwr_dnc_state_bank":
-            raise ValueError(f"{path} does not describe a BWR-DNC state bank; name a folder written by `save_pretrained`.")
+            raise ValueError(
+                f"{path} does not describe a BWR-DNC state bank; name a folder written by `save_pretrained`."
+            )
         if description.get("version") != FORMAT_VERSION:
             raise ValueError(
                 f"{path} has format version {description.get('version')!r}, but this code reads {FORMAT_VERSION}; "
@@ -900,7 +915,9 @@ def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
     """Raise `ValueError`, naming what differs, unless a model of this `config` can continue `cache`."""
     kinds = [layer._layer_type for layer in cache.layers]
     if kinds != list(config.layer_types):
-        raise ValueError(f"The state has layers {kinds}, but the model has {config.layer_types}; use the model that made it.")
+        raise ValueError(
+            f"The state has layers {kinds}, but the model has {config.layer_types}; use the model that made it."
+        )
     for index, state in enumerate(cache.states):
         found = {
             "segment_length": state.settings.segment_length,
@@ -931,7 +948,9 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
 
 def _require_same_settings(first: StateBankCache, other: StateBankCache) -> None:
     if len({first.weights_fingerprint, other.weights_fingerprint} - {None}) > 1:
-        raise ValueError("The caches to stack were written by models with different weights; stack those of one model.")
+        raise ValueError(
+            "The caches to stack were written by models with different weights; stack those of one model."
+        )
     if len(first.layers) != len(other.layers):
         raise ValueError(f"The caches to stack have {len(first.layers)} and {len(other.layers)} layers.")
     for index, (mine, theirs) in enumerate(zip(first.states, other.states, strict=True)):
