@@ -46,8 +46,10 @@ class RowState:
     window_start: int = 0  # position of the first token in the window
     slot_counts: tuple[int, ...] = (0, 0, 0)
     pinned: tuple[tuple[int, int], ...] = ()  # spans of positions that are never demoted
-    columns: int = 0  # columns of input fed, padding included: what the library calls the length of a cache
-    pads: tuple[int, ...] = ()  # which of the latest columns were padding
+    # How the row was fed, which its memory does not depend on: columns of input, padding included (what the library calls
+    # the length of a cache), and which of the latest were padding.
+    columns: int = field(default=0, compare=False)
+    pads: tuple[int, ...] = field(default=(), compare=False)
 
     def feed(self, num_columns: int, pads: tuple[int, ...], num_recent: int) -> None:
         """Count columns of input, of which those at `pads` were padding; remember that for the latest `num_recent`."""

@@ -174,7 +174,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BwrDncForCa
         raise ValueError(
             f"the model has {config.vocab_size} token ids, but the tokenizer {len(tokenizer)}; set model_settings.vocab_size"
         )
-    return BwrDncForCausalLM(config).to(getattr(torch, recipe.dtype))
+    return BwrDncForCausalLM._from_config(config, dtype=getattr(torch, recipe.dtype))
 
 
 def load_model(recipe: Recipe) -> BwrDncForCausalLM:

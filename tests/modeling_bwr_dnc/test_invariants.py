@@ -181,15 +181,26 @@ def test_a_token_changes_no_logit_before_it(seed, data):
 class ExactRotary(torch.nn.Module):
     """Llama's rotary embedding without its rounding to float32."""
 
-    def __init__(self, config):
+    def __init__(self, inv_freq):
         super().__init__()
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-        self.register_buffer("inv_freq", config.rope_parameters["rope_theta"] ** -exponents)
+        self.inv_freq = inv_freq.double()
 
     def forward(self, hidden_states, position_ids):
         angles = position_ids[..., None] * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
+
+
+def exact_llama(config) -> LlamaForCausalLM:
+    """Llama in float64 throughout: its norms and angles, too, which the library rounds to float32."""
+    model = LlamaForCausalLM(config).double().eval()
+    model.model.rotary_emb = ExactRotary(model.model.rotary_emb.inv_freq)
+    for module in [model.model, *model.model.layers]:
+        for name, child in list(module.named_children()):
+            if name.endswith("norm"):
+                exact = torch.nn.RMSNorm(config.hidden_size, eps=child.variance_epsilon, dtype=torch.float64)
+                setattr(module, name, exact)
+    return model
 
 
 @given(SEEDS)
@@ -206,9 +217,8 @@ def test_equals_llama_up_to_the_lossless_length_and_not_beyond(seed):
     config = model.config
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     names += ["num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"]
-    source = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names})).double().eval()
+    source = exact_llama(LlamaConfig(**{name: getattr(config, name) for name in names}))
     source.load_state_dict({name: value for name, value in model.state_dict().items() if ".memory." not in name})
-    source.model.rotary_emb = ExactRotary(config)
 
     raw, sinks, segment = config.memory_slots[0], config.num_sink_tokens, config.segment_length
     assert config.lossless_length == (raw + sinks) // segment * segment + 2 * segment
@@ -216,8 +226,7 @@ def test_equals_llama_up_to_the_lossless_length_and_not_beyond(seed):
     with torch.no_grad():
         expected = source(ids).logits
     for logits in (read(model, ids)[0], read(model, ids, random_chunks(ids.shape[1], 7, seed))[0]):
-        # Llama rounds its norms to float32.
-        torch.testing.assert_close(logits[:, :-1], expected[:, :-1], rtol=1e-5, atol=1e-5)
+        assert_close(logits[:, :-1], expected[:, :-1])
         assert (logits[:, -1] - expected[:, -1]).abs().max() > 1e-3
 
 
