@@ -1,0 +1,196 @@
+"""The tasks can be solved by reading, are what their docstrings show, and can be made again from their seeds."""
+
+import dataclasses
+import doctest
+import importlib
+
+import pytest
+
+from modeling_bwr_dnc.presets import tokenizer_path
+from modeling_bwr_dnc.tasks import (
+    IGNORED,
+    TASKS,
+    Copy,
+    Lookup,
+    Mqar,
+    Needle,
+    Passkey,
+    Recall,
+    SelectiveCopy,
+    Story,
+    TextNeedle,
+    VariableTracking,
+)
+from modeling_bwr_dnc.tasks.stories import IDS
+from modeling_bwr_dnc.tasks.task import BLANK, COPY
+
+VARIANTS = [
+    *(task() for task in TASKS.values()),
+    *(Recall(hops=hops, num_chains=5) for hops in (2, 3)),
+    *(Story(hops=hops, length=512, seed=3) for hops in (1, 2, 3)),
+    Copy(length=200, num_symbols=7),
+    Copy(length=33),
+    Lookup(symbols_per_kind=9, num_pairs=9),
+    Mqar(length=64, num_pairs=4),
+    Needle(num_needles=5, needle_length=1, depth=0.0, length=300),
+    TextNeedle(num_needles=4, length=1500),
+    VariableTracking(num_chains=3, length=1500, depth=0.5),
+]
+
+
+def answered(task, row):
+    """Label positions of a row, and what the oracle says there, reading only what comes before."""
+    return {
+        position: (label, task.oracle(row["input_ids"][:position]))
+        for position, label in enumerate(row["labels"])
+        if label != IGNORED
+    }
+
+
+@pytest.mark.parametrize("task", VARIANTS, ids=lambda task: task.name)
+def test_oracle_solves_every_row(task):
+    for row in task.dataset(20):
+        answers = answered(task, row)
+        assert answers and all(label == said for label, said in answers.values())
+
+
+@pytest.mark.parametrize("task", VARIANTS, ids=lambda task: task.name)
+def test_oracle_depends_on_what_it_reads(task):
+    """An oracle that knew the rows, or labels that did not follow from them, would pass the test above."""
+    row, other = task.row(0), task.row(1)
+    first = next(position for position, label in enumerate(row["labels"]) if label != IGNORED)
+    said = set()
+    for index in range(40):
+        other = task.row(index)
+        first = next(position for position, label in enumerate(other["labels"]) if label != IGNORED)
+        if isinstance(task, (TextNeedle, Passkey, VariableTracking)):
+            # The first token of an answer is a space.
+            first += 1
+        said.add(task.oracle(other["input_ids"][:first]))
+    assert len(said) > 3
+
+
+@pytest.mark.parametrize("task", VARIANTS, ids=lambda task: task.name)
+def test_labels_repeat_the_input_unless_the_definition_hides_answers(task):
+    row = task.row(5)
+    assert len(row["input_ids"]) == len(row["labels"]) == task.length
+    if not isinstance(task, (Mqar, SelectiveCopy)):
+        assert all(label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"]))
+
+
+@pytest.mark.parametrize("task", VARIANTS, ids=lambda task: task.name)
+def test_seeds_reproduce(task):
+    rows = list(task.dataset(4))
+    assert rows == list(task.dataset(4))
+    assert [task.row(2), task.row(3)] == rows[2:]
+    assert rows[2:] == list(task.dataset(2, first=2))
+    assert rows != list(dataclasses.replace(task, seed=task.seed + 1).dataset(4))
+    assert len({tuple(row["input_ids"]) for row in rows}) == 4
+
+
+def test_shards_hold_every_row_once():
+    task = Lookup(length=64, num_pairs=4, num_queries=2)
+    whole = task.dataset(10, num_shards=3)
+    assert whole.num_shards == 3
+    parts = [list(whole.shard(3, index)) for index in range(3)]
+    assert sorted(map(str, sum(parts, []))) == sorted(str(task.row(index)) for index in range(10))
+
+
+@pytest.mark.parametrize("module", ["symbols", "stories", "text"])
+def test_docstrings_show_what_is_made(module):
+    result = doctest.testmod(importlib.import_module(f"modeling_bwr_dnc.tasks.{module}"))
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_every_task_shows_an_example():
+    for task in TASKS.values():
+        assert ">>> " in task.__doc__
+
+
+def test_text_tasks_in_the_tokens_of_a_tokenizer():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path())
+    for kind in (TextNeedle, Passkey, VariableTracking):
+        task = kind(tokenizer=tokenizer, length=400)
+        for row in task.dataset(5):
+            assert all(label == said for label, said in answered(task, row).values())
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_depth_places_the_needle(depth):
+    passkey = Passkey(length=4000, depth=depth)
+    text = passkey.render(passkey.row(0)["input_ids"])
+    begin, end = text.index(" The grass"), text.index(" What is the pass key")
+    place = (text.index(" The pass key is") - begin) / (end - begin)
+    assert abs(place - depth) < 0.03
+    needle = Needle(length=1000, depth=depth)
+    assert abs(needle.row(0)["input_ids"].index(COPY) / 1000 - depth) < 0.02
+
+
+def test_mqar_follows_the_public_definition():
+    """Keys below V/2, values above; pairs first; each key asked for once, at an even distance, and never answered."""
+    task = Mqar(length=128, num_pairs=8, vocab_size=8192)
+    for row in task.dataset(20):
+        ids, labels = row["input_ids"], row["labels"]
+        keys, values = ids[0:16:2], ids[1:16:2]
+        assert len(set(keys)) == len(set(values)) == 8
+        assert all(1 <= key < 4096 for key in keys) and all(4096 <= value < 8192 for value in values)
+        asked = [position - 1 for position, label in enumerate(labels) if label != IGNORED]
+        assert sorted(ids[position] for position in asked) == sorted(keys)
+        assert all(position >= 16 and position % 2 == 0 for position in asked)
+        pairs = dict(zip(keys, values))
+        assert all(labels[position + 1] == pairs[ids[position]] for position in asked)
+
+
+def test_mqar_gaps_follow_a_power_law():
+    """Half of the questions come in the first few places: the median gap is far below that of even gaps."""
+    task = Mqar(length=256, num_pairs=1)
+    gaps = []
+    for row in task.dataset(300):
+        position = next(i for i, label in enumerate(row["labels"]) if label != IGNORED) - 1
+        gaps.append((position - 2) // 2)
+    assert sorted(gaps)[150] < 30 < max(gaps)
+
+
+def test_selective_copy_never_shows_its_answers():
+    task = SelectiveCopy(length=64, num_symbols=5)
+    row = task.row(0)
+    end = row["input_ids"].index(COPY)
+    assert set(row["input_ids"][end:]) <= {COPY, BLANK}
+    assert [label for label in row["labels"] if label != IGNORED] == [t for t in row["input_ids"][:end] if t != BLANK]
+
+
+def test_story_of_known_sentences():
+    """Answers worked out by hand."""
+    told = "mary went kitchen . mary took milk . mary went garden . john went office . mary dropped milk . mary went park ."
+    questions = {
+        (1, "where mary ?"): "park",
+        (2, "where milk ?"): "garden",
+        (3, "where milk before garden ?"): "kitchen",
+    }
+    for (hops, question), answer in questions.items():
+        prefix = [IDS[word] for word in f"{told} {question}".split()]
+        assert Story(hops=hops, length=512).oracle(prefix) == IDS[answer]
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: Copy(length=8, num_symbols=4), "num_symbols"),
+        (lambda: Lookup(length=32), "num_pairs"),
+        (lambda: Lookup(num_queries=17), "num_queries"),
+        (lambda: Lookup(vocab_size=12), "vocab_size"),
+        (lambda: Recall(hops=4), "hops"),
+        (lambda: Mqar(length=8192), "vocab_size"),
+        (lambda: Mqar(length=64, num_pairs=17), "num_pairs"),
+        (lambda: Needle(depth=1.5), "depth"),
+        (lambda: Story(length=40, num_facts=20), "num_facts"),
+        (lambda: TextNeedle(kind="colour"), "kind"),
+        (lambda: TextNeedle(text=" "), "text"),
+        (lambda: Passkey(length=64).row(0), "length"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, named):
+    with pytest.raises(ValueError, match=f"`{named}` is .* must"):
+        make()
