@@ -42,7 +42,15 @@ from transformers.utils.output_capturing import capture_outputs
 from .bank_reader import BankReader, Call, RotaryTable, Sequences, Tokens, refreshed, stays_lossless
 from .configuration_bwr_dnc import BwrDncConfig
 from .memory_ops import COMPLEXITY_SHIFT, BankSettings
-from .state_bank import BankState, StateBankCache, StateBankLayer, StateShapes, check_matches_config, extend_history
+from .state_bank import (
+    BankState,
+    RowState,
+    StateBankCache,
+    StateBankLayer,
+    StateShapes,
+    check_matches_config,
+    extend_history,
+)
 
 # Tokens read at a time from a long input of which only the last logits are wanted.
 READ_BLOCK_LENGTH = 1024
@@ -156,28 +164,35 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.hidden_size, 1, config.short_conv_kernel))
 
     def forward(
-        self, hidden_states: torch.Tensor, call: Call, settings: BankSettings, state: BankState | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output [B, T, hidden], and the latest inputs [B, S + K - 1, hidden] of every row if the call keeps state."""
-        batch_size, num_tokens, hidden_size = hidden_states.shape
+        self, hidden_states: torch.Tensor, call: Call, state: BankState
+    ) -> tuple[torch.Tensor, dict[int, tuple[RowState, torch.Tensor]]]:
+        """
+        Output [B, T, hidden]; and for every row that goes on, its counters before this call, and its inputs from the K - 1
+        before its window to the latest one, for `inputs_at`.
+        """
         reach = self.weight.shape[-1] - 1
-        held = settings.segment_length + reach
-        before = hidden_states.new_zeros(batch_size, held, hidden_size) if state is None else state.conv_inputs
-        after, output = list(before), torch.zeros_like(hidden_states)
+        output, inputs = torch.zeros_like(hidden_states), {}
         for sequences in call.sequences:
-            inputs = sequences.take(hidden_states)
-            past = before[sequences.rows]
-            if sequences.is_fresh:
-                past = torch.zeros_like(past)
-            inputs = torch.cat((past, inputs), dim=1)
-            recent = inputs[:, held - reach :].transpose(1, 2)
-            mixed = F.conv1d(recent, self.weight.to(recent.dtype), groups=hidden_size).transpose(1, 2)
-            output = sequences.put(output, mixed, (batch_size, num_tokens))
+            tokens = sequences.take(hidden_states)
+            rows = [RowState() if sequences.is_fresh else state.rows[row] for row in sequences.rows]
+            held = []
+            for index, row in zip(sequences.rows, rows, strict=True):
+                past = state.conv_inputs[index, : reach + row.seen - row.window_start]
+                held.append(past.new_zeros(reach, past.shape[-1]) if sequences.is_fresh else past)
+            recent = torch.cat((torch.stack([past[len(past) - reach :] for past in held]), tokens), dim=1)
+            mixed = F.conv1d(recent.transpose(1, 2), self.weight.to(recent.dtype), groups=recent.shape[-1])
+            output = sequences.put(output, mixed.transpose(1, 2), hidden_states.shape[:2])
             for index, row in enumerate(sequences.rows):
                 if sequences.keeps_state[index]:
-                    count = sequences.counts[index]
-                    after[row] = inputs[index, count : count + held]
-        return hidden_states + output, torch.stack(after) if call.keeps_state else None
+                    real = tokens[index, : sequences.counts[index]]
+                    inputs[row] = (replace(rows[index]), torch.cat((held[index], real)))
+        return hidden_states + output, inputs
+
+    def inputs_at(self, row: RowState, before: RowState, inputs: torch.Tensor, room: int) -> torch.Tensor:
+        """What a state at `row` holds of `inputs`, which begin K - 1 tokens before the window of `before`, [room, hidden]."""
+        first = row.window_start - before.window_start
+        count = self.weight.shape[-1] - 1 + row.seen - row.window_start
+        return F.pad(inputs[first : first + count], (0, 0, 0, room - count))
 
 
 class SinkWindowAttention(nn.Module):
@@ -223,9 +238,9 @@ class SinkWindowAttention(nn.Module):
         else:
             with torch.no_grad():
                 state = refreshed(replace(state, settings=settings), call.rotary)
-        conv_inputs = None
+        conv_inputs = {}
         if self.config.short_conv_kernel:
-            hidden_states, conv_inputs = self.short_conv(hidden_states, call, settings, state)
+            hidden_states, conv_inputs = self.short_conv(hidden_states, call, state)
         projected = self._project(hidden_states)
         shows_columns = call.key_columns is not None and all(
             stays_lossless(state.rows[row], count, settings)
@@ -245,7 +260,7 @@ class SinkWindowAttention(nn.Module):
                 part = self._empty_state(settings, len(sequences.rows), hidden_states)
             elif sequences.rows != list(range(shape[0])):
                 part = state.select(sequences.rows)
-            note = _journal(layer, state, sequences)
+            note = self._journal(layer, sequences, shape[0], conv_inputs)
             reader = BankReader(call, settings, sequences, self.scaling, compressor, uses_routing, note, shows_columns)
             if needs_gradient:
                 read = reader.read_with_gradient
@@ -262,11 +277,33 @@ class SinkWindowAttention(nn.Module):
         if call.keeps_state:
             after = BankState.stack(parts) if len(parts) > 1 else parts[0] if parts else state
             after = state.replaced(rows, after) if rows else state
-            if conv_inputs is not None:
-                after = replace(after, conv_inputs=conv_inputs)
+            after = self._with_conv_inputs(after, conv_inputs, list(range(shape[0])))
         if output is None:
             output = projected[0].new_zeros(projected[0].shape).flatten(2)
         return self.o_proj(output), weights, after
+
+    def _with_conv_inputs(self, state: BankState, conv_inputs: dict, rows: list[int]) -> BankState:
+        """A state whose rows are `rows` of the batch, with the inputs of the short convolution that belong to it."""
+        if not conv_inputs:
+            return state
+        room = state.conv_inputs.shape[1]
+        held = [
+            self.short_conv.inputs_at(state.rows[index], *conv_inputs[row], room)
+            if row in conv_inputs
+            else state.conv_inputs[index]
+            for index, row in enumerate(rows)
+        ]
+        return replace(state, conv_inputs=torch.stack(held))
+
+    def _journal(self, layer: StateBankLayer | None, sequences: Sequences, batch_size: int, conv_inputs: dict):
+        """What tells a recording cache layer of consolidations in these sequences."""
+
+        def note(before: BankState, indices: list[int]) -> None:
+            if layer is not None and layer.record_past:
+                rows = [sequences.rows[i] for i in indices]
+                layer.note_consolidation(self._with_conv_inputs(before, conv_inputs, rows), rows, batch_size)
+
+        return note
 
     def _learned_parts(self):
         """Compressor and whether queries route between levels."""
@@ -336,16 +373,6 @@ class StateBankAttention(SinkWindowAttention):
 
 
 ATTENTION_CLASSES = {kind.layer_type: kind for kind in (SinkWindowAttention, StateBankAttention)}
-
-
-def _journal(layer: StateBankLayer | None, state: BankState, sequences: Sequences):
-    """What tells a recording cache layer of consolidations in these sequences."""
-
-    def note(before: BankState, indices: list[int]) -> None:
-        if layer is not None and layer.record_past:
-            layer.note_consolidation(before, [sequences.rows[i] for i in indices], len(state.rows))
-
-    return note
 
 
 def _sum_of_parts(weights: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

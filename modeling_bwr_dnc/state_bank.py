@@ -95,7 +95,7 @@ class BankState:
     window_ids: torch.Tensor  # [B, 2S] int64 token ids of the window, -1 where unknown
     queries: torch.Tensor  # [B, H, Q, D], before RoPE: every 8th of the current segment
     complexity: torch.Tensor  # [B, H, Q]: their routing logits
-    conv_inputs: torch.Tensor  # [B, S + K - 1, hidden]: latest inputs of the short convolution; K = 0: empty
+    conv_inputs: torch.Tensor  # [B, K - 1 + 2S, hidden]: inputs of the short convolution, before and in the window
     history: torch.Tensor  # [B] int64: rolling hash of the token ids read
     holes: torch.Tensor | None = None  # [B, G, C]: MASKED at forgotten entries of the window, 0 elsewhere
     # Working copies, rebuilt from the above whenever they are None.
@@ -116,7 +116,7 @@ class BankState:
         def zeros(*shape, dtype=dtype):
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        conv_length = settings.segment_length + shapes.conv_kernel - 1 if shapes.conv_kernel else 0
+        conv_length = room + shapes.conv_kernel - 1 if shapes.conv_kernel else 0
         return BankState(
             settings=settings,
             rows=[RowState() for _ in range(batch_size)],
@@ -139,6 +139,11 @@ class BankState:
 
     def num_prefix(self, row: int = 0) -> int:
         return self.rows[row].num_prefix(self.settings.num_sink_tokens)
+
+    @property
+    def conv_reach(self) -> int:
+        """Earlier inputs that the short convolution looks back at."""
+        return max(self.conv_inputs.shape[1] - 2 * self.settings.segment_length, 0)
 
     def length(self, row: int = 0) -> int:
         """Entries of a row: before the window and in it."""
@@ -189,6 +194,7 @@ class BankState:
             wide = {name: getattr(state, name) for name in ("keys", "values", "rotated", "holes")}
             for tensor in (tensor for tensor in wide.values() if tensor is not None):
                 tensor[index, :, state.length(index) :] = 0
+            state.conv_inputs[index, state.conv_reach + in_window :] = 0
             state.window_salience[index, :, in_window:] = 0
             state.window_ids[index, in_window:] = 0
             segment_start = (row.seen - 1) // segment_length * segment_length if row.seen else 0
@@ -426,7 +432,7 @@ class StateBankLayer(CacheLayerMixin):
         if count == 0 or self.state is None:
             return
         state, segment_length = self.state, self.state.settings.segment_length
-        history, conv_inputs, earlier = state.history.clone(), state.conv_inputs.clone(), {}
+        history, earlier = state.history.clone(), {}
         targets = [row.unfed(count) for row in state.rows]
         for index, (row, target) in enumerate(zip(state.rows, targets, strict=True)):
             removed = row.seen - target.seen
@@ -446,8 +452,6 @@ class StateBankLayer(CacheLayerMixin):
                 )
             end = row.seen - row.window_start
             history[index] = shorten_history(history[index], state.window_ids[index, end - removed : end])
-            if conv_inputs.shape[1] and removed:
-                conv_inputs[index] = F.pad(conv_inputs[index], (0, 0, removed, 0))[: conv_inputs.shape[1]]
         for index, restored in earlier.items():
             state = state.replaced([index], restored)
             self.journal[index] = None
@@ -455,7 +459,7 @@ class StateBankLayer(CacheLayerMixin):
             replace(row, seen=target.seen, columns=target.columns, pads=target.pads)
             for row, target in zip(state.rows, targets, strict=True)
         ]
-        self.state = replace(state, rows=rows, history=history, conv_inputs=conv_inputs).cleared()
+        self.state = replace(state, rows=rows, history=history).cleared()
 
 
 class SinkWindowLayer(StateBankLayer):
@@ -889,6 +893,12 @@ def _forget_span(state: BankState, start: int, end: int, row: int | None) -> Ban
     for index, counters in enumerate(state.rows):
         if not chosen[index]:
             continue
+        reach = state.conv_reach
+        convolved = slice(
+            max(start - counters.window_start + reach, 0),
+            max(min(end, counters.seen) - counters.window_start + reach, 0),
+        )
+        state.conv_inputs[index, convolved] = 0
         offset = state.num_prefix(index) - counters.window_start
         first, last = max(start, counters.window_start), min(end, counters.seen)
         if first < last:
@@ -900,9 +910,6 @@ def _forget_span(state: BankState, start: int, end: int, row: int | None) -> Ban
             segment_start = counters.seen - 1 - (counters.seen - 1) % state.settings.segment_length
             stored = [i for i in range(state.queries.shape[2]) if first <= segment_start + QUERY_STRIDE * i < last]
             state.queries[index, :, stored] = 0
-            if state.conv_inputs.shape[1]:
-                newest = state.conv_inputs.shape[1] - counters.seen
-                state.conv_inputs[index, max(newest + first, 0) : max(newest + last, 0)] = 0
     entries = state.entries
     for name in ("salience", "salience_bias", "usage"):
         getattr(entries, name).masked_fill_(gone, 0)
@@ -927,7 +934,7 @@ def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
             "num_key_value_heads": state.keys.shape[1],
             "head_dim": state.keys.shape[3],
             "num_attention_heads": state.queries.shape[1],
-            "short_conv_kernel": max(state.conv_inputs.shape[1] - state.settings.segment_length + 1, 0),
+            "short_conv_kernel": state.conv_reach + 1 if state.conv_inputs.shape[1] else 0,
         }
         for name, value in found.items():
             if value != getattr(config, name):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_bwr_dnc import StateBankCache
+from modeling_bwr_dnc.configuration_bwr_dnc import RETENTION_SCORES
 from tests.modeling_bwr_dnc.builders import (
     SEEDS,
     TOLERANCE,
@@ -86,6 +87,17 @@ def test_one_pass_equals_chunks_with_long_segments_and_hundreds_of_slots():
     chunked_logits, chunked_cache = read(model, ids, random_chunks(900, 100, seed=5))
     assert_close(chunked_logits, logits)
     assert_same_bank(chunked_cache, cache)
+
+
+@pytest.mark.parametrize("score", RETENTION_SCORES)
+def test_every_retention_score_keeps_the_same_whatever_the_chunks_and_the_padding(score):
+    model = tiny_model(tiny_config(retention_score=score), seed=4)
+    ids, mask, rows = ragged_batch([90, 41], 92, "left", seed=4)
+    logits, cache = read_padded(model, ids, mask, random_chunks(92, 9, seed=4))
+    for index, row in enumerate(rows):
+        alone_logits, alone_cache = read(model, row)
+        assert_close(logits[index : index + 1][:, mask[index].bool()], alone_logits)
+        assert_same_bank(cache, alone_cache, first_row=index)
 
 
 # 2. Padding is invisible
@@ -430,11 +442,12 @@ def test_training_mode_gives_the_logits_of_evaluation(seed):
     assert_close(actual[mask.bool()], expected[mask.bool()])
 
 
+@pytest.mark.parametrize("noise", [None, 17], ids=["exact", "noise"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize(
     "layer_types", [None, ["sink_window_attention", "state_bank_attention"]], ids=["banks", "mixed"]
 )
-def test_gradient_checkpointing_changes_neither_loss_nor_gradients(use_reentrant, layer_types):
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(use_reentrant, layer_types, noise):
     config = tiny_config(layer_types=layer_types)
     model = tiny_model(config, seed=2).train()
     ids, mask, _ = ragged_batch([90, 41], 90, "left", seed=2)
@@ -442,7 +455,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(use_reentrant
 
     def loss_and_gradients():
         model.zero_grad()
-        loss = model(ids, attention_mask=mask, labels=labels).loss
+        loss = model(ids, attention_mask=mask, labels=labels, retention_noise_seed=noise).loss
         loss.backward()
         return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -482,11 +495,34 @@ def test_crop_takes_back_any_of_the_last_segment(seed, data):
     cache.crop(-extra)
     assert cache.get_seq_length() == length
     fresh = read(model, ids[:, :length])[1]
-    assert_same_bank(cache, fresh)
+    # Older inputs of the convolution than the next token needs may be gone.
+    assert_same_bank(cache, fresh, but="conv_inputs")
     logits, cache = read(model, more, cache=cache)
     expected, fresh = read(model, more, cache=fresh)
     assert_close(logits, expected)
-    assert_same_bank(cache, fresh)
+    assert_same_bank(cache, fresh, but="conv_inputs")
+
+
+@given(SEEDS, st.data())
+def test_crops_in_a_row_are_exact_or_refused(seed, data):
+    model = random_model(seed, max_segment=8, max_slots=10)
+    segment = model.config.segment_length
+    ids = token_ids(data.draw(st.integers(2, 5 * segment)), seed)
+    recorded = min(2 * segment, ids.shape[1] - 1)
+    cache = read(model, ids[:, :-recorded])[1]
+    cache.activate_past_recording()
+    cache = read(model, ids[:, -recorded:], [1] * recorded, cache=cache)[1]
+    for count in data.draw(st.lists(st.integers(1, segment), min_size=2, max_size=4)):
+        length = cache.get_seq_length()
+        if count >= length:
+            break
+        try:
+            cache.crop(-count)
+        except ValueError:
+            assert cache.get_seq_length() == length
+            break
+        again = read(model, ids[:, length - count : length], cache=cache.clone())[0]
+        assert_close(again, read(model, ids[:, :length])[0][:, length - count :])
 
 
 def test_crop_of_more_than_a_segment_says_so():
@@ -568,6 +604,30 @@ def test_continuing_with_new_tokens_or_with_the_full_history_equals_not_stopping
         rest = model.generate(given_ids, past_key_values=cache, max_new_tokens=7, **settings)
         assert rest.sequences[0, given_ids.shape[1] :].tolist() == whole.sequences[0, prompt.shape[1] + 5 :].tolist()
         assert_same_bank(rest.past_key_values, whole.past_key_values)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_way_of_decoding_gives_the_greedy_tokens_over_a_full_bank(seed):
+    model, assistant = tiny_model(tiny_config(), seed), tiny_model(tiny_config(num_hidden_layers=1), seed)
+    # Mistakes of the assistant have to be taken back, agreements kept.
+    assistant.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    prompt = token_ids(20, seed).repeat(1, 3)
+    settings = {"do_sample": False, "max_new_tokens": 30, "return_dict_in_generate": True}
+    expected = model.generate(prompt, **settings)
+    ways = {
+        "without a cache": {"use_cache": False},
+        "dynamic cache": {"cache_implementation": "dynamic"},
+        "chunked prefill": {"prefill_chunk_size": 7},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "assistant": {"assistant_model": assistant, "num_assistant_tokens": 3},
+    }
+    for name, way in ways.items():
+        output = model.generate(prompt, **settings, **way)
+        assert output.sequences.tolist() == expected.sequences.tolist(), name
+        if output.past_key_values is not None:
+            assert_same_bank(output.past_key_values, expected.past_key_values, but="conv_inputs")
+    beams = {"num_beams": 3, "do_sample": False, "max_new_tokens": 20, "num_return_sequences": 2}
+    assert torch.equal(model.generate(prompt, **beams), model.generate(prompt, use_cache=False, **beams))
 
 
 @given(SEEDS)
