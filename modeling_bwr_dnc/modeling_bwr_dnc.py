@@ -171,13 +171,14 @@ class ShortConvolution(nn.Module):
         before its window to the latest one, for `inputs_at`.
         """
         reach = self.weight.shape[-1] - 1
-        output, inputs = torch.zeros_like(hidden_states), {}
+        output = torch.zeros_like(hidden_states)
+        inputs: dict[int, tuple[RowState, torch.Tensor]] = {}
         for sequences in call.sequences:
             tokens = sequences.take(hidden_states)
-            rows = [RowState() if sequences.is_fresh else state.rows[row] for row in sequences.rows]
+            before = [RowState() if sequences.is_fresh else replace(state.rows[row]) for row in sequences.rows]
             held = []
-            for index, row in zip(sequences.rows, rows, strict=True):
-                past = state.conv_inputs[index, : reach + row.seen - row.window_start]
+            for row, counters in zip(sequences.rows, before, strict=True):
+                past = state.conv_inputs[row, : reach + counters.seen - counters.window_start]
                 held.append(past.new_zeros(reach, past.shape[-1]) if sequences.is_fresh else past)
             recent = torch.cat((torch.stack([past[len(past) - reach :] for past in held]), tokens), dim=1)
             mixed = F.conv1d(recent.transpose(1, 2), self.weight.to(recent.dtype), groups=recent.shape[-1])
@@ -185,7 +186,7 @@ class ShortConvolution(nn.Module):
             for index, row in enumerate(sequences.rows):
                 if sequences.keeps_state[index]:
                     real = tokens[index, : sequences.counts[index]]
-                    inputs[row] = (replace(rows[index]), torch.cat((held[index], real)))
+                    inputs[row] = (before[index], torch.cat((held[index], real)))
         return hidden_states + output, inputs
 
     def inputs_at(self, row: RowState, before: RowState, inputs: torch.Tensor, room: int) -> torch.Tensor:
@@ -286,13 +287,11 @@ class SinkWindowAttention(nn.Module):
         """A state whose rows are `rows` of the batch, with the inputs of the short convolution that belong to it."""
         if not conv_inputs:
             return state
-        room = state.conv_inputs.shape[1]
-        held = [
-            self.short_conv.inputs_at(state.rows[index], *conv_inputs[row], room)
-            if row in conv_inputs
-            else state.conv_inputs[index]
-            for index, row in enumerate(rows)
-        ]
+        held = list(state.conv_inputs)
+        for index, row in enumerate(rows):
+            if row in conv_inputs:
+                before, inputs = conv_inputs[row]
+                held[index] = self.short_conv.inputs_at(state.rows[index], before, inputs, state.conv_inputs.shape[1])
         return replace(state, conv_inputs=torch.stack(held))
 
     def _journal(self, layer: StateBankLayer | None, sequences: Sequences, batch_size: int, conv_inputs: dict):

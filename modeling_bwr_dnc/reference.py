@@ -105,7 +105,9 @@ def naive_state_bank_attention(
         return kept + settle(g, level + 1, slots, leaving)
 
     for g in range(num_groups):
-        sinks, slots, window = [], [], []
+        sinks: list[Entry] = []
+        slots: list[Entry] = []
+        window: list[Entry] = []
         for n in range(num_tokens):
             segment, offset = divmod(n, segment_length)
             if offset == 0 and segment >= 2:

@@ -10,7 +10,6 @@ from transformers import LlamaConfig
 from modeling_bwr_dnc.conversion import convert_checkpoint
 from tests.tiny_sources import SIZES, save_source
 
-
 REPOSITORY = Path(__file__).parent.parent
 CARD = "model_cards/smollm2-135m-instruct-bwr-dnc.md"
 
