@@ -122,6 +122,9 @@ class BwrDncConfig(PreTrainedConfig):
     use_learned_compressor: bool = True
 
     def __post_init__(self, **kwargs):
+        for historical, name in self.attribute_map.items():
+            if historical in kwargs:
+                setattr(self, name, kwargs.pop(historical))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

@@ -1,0 +1,228 @@
+"""The model as a Transformers model: what it refuses, what travels with a saved folder, and the ecosystem around it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+
+import modeling_bwr_dnc
+from modeling_bwr_dnc import (
+    BwrDncConfig,
+    BwrDncForCausalLM,
+    BwrDncForSequenceClassification,
+    BwrDncForTokenClassification,
+    StateBankCache,
+)
+from tests.modeling_bwr_dnc.test_state_bank import read, small_model
+
+SURFACE = Path(modeling_bwr_dnc.__file__).with_name("modeling_bwr_dnc.py")
+
+
+@pytest.fixture
+def model():
+    return small_model()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_key_value_heads"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"memory_slots": [300, 0, 0]}, "max_position_embeddings"),
+        ({"memory_slots": [0, 4, 2]}, "memory_slots"),
+        ({"memory_slots": [4, 2]}, "memory_slots"),
+        ({"memory_slots": [4, -2, 1]}, "memory_slots"),
+        ({"segment_length": 0}, "segment_length"),
+        ({"memory_position": "nowhere"}, "memory_position"),
+        ({"retention_score": "luck"}, "retention_score"),
+        ({"routing_thresholds": [0.5, 1.0]}, "routing_thresholds"),
+        ({"hidden_dropout": 1.0}, "hidden_dropout"),
+        ({"layer_types": ["full_attention", "full_attention"]}, "layer_types"),
+        ({"layer_types": ["state_bank_attention"]}, "layer_types"),
+    ],
+)
+def test_a_bad_setting_is_a_value_error_that_names_it(fields, named):
+    with pytest.raises(ValueError, match=named):
+        small_model(**fields)
+
+
+def test_settings_left_open_fit_the_trained_positions():
+    for positions in (64, 512, 1000, 2048, 8192):
+        config = BwrDncConfig(max_position_embeddings=positions)
+        assert config.num_sink_tokens + sum(config.memory_slots) + 2 * config.segment_length <= positions
+    assert (config.segment_length, config.memory_slots) == (256, [512, 256, 128])
+
+
+def test_historical_names_are_other_names():
+    config = BwrDncConfig(d_model=64, n_layers=3, n_heads=4, max_seq_len=512)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (64, 3, 4)
+    assert config.max_seq_len == config.max_position_embeddings == 512
+
+
+def test_a_foreign_cache_is_refused(model):
+    ids = torch.tensor([[1, 2, 3]])
+    for cache in (DynamicCache(), DynamicCache(config=LlamaConfig(num_hidden_layers=2))):
+        with pytest.raises(ValueError, match="DynamicCache"):
+            model(ids, past_key_values=cache)
+
+
+def test_a_cache_of_the_bank_layers_is_taken_and_returned_as_a_state_bank(model):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        returned = model(torch.tensor([[1, 2, 3]]), past_key_values=cache).past_key_values
+    assert isinstance(returned, StateBankCache)
+    assert cache.get_seq_length() == returned.get_seq_length() == 3
+
+
+@pytest.mark.parametrize("implementation", ["static", "offloaded", "offloaded_static", "quantized", "sliding_window"])
+def test_cache_implementations_without_a_bank_are_refused(model, implementation):
+    with pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(torch.tensor([[1, 2, 3]]), cache_implementation=implementation, max_new_tokens=2)
+
+
+def test_continuous_batching_is_refused(model):
+    with pytest.raises(ValueError, match="Continuous batching"):
+        model.generate_batch([[1, 2, 3]])
+    with pytest.raises(ValueError, match="Continuous batching"):
+        model.generate(torch.tensor([[1, 2, 3]]), cache_implementation="paged", max_new_tokens=2)
+
+
+def test_a_mask_that_contradicts_the_history_is_refused_and_nothing_is_lost(model):
+    cache = read(model, length=10)
+    ids = torch.tensor([[1, 2]])
+    expected = model(ids, past_key_values=cache.clone()).logits
+    for mask in (
+        torch.ones(1, 9),
+        torch.cat((torch.zeros(1, 3), torch.ones(1, 9)), 1),
+        torch.ones(1, 1),
+        torch.ones(1, 1, 2, 12),
+    ):
+        with pytest.raises(ValueError, match="attention_mask"):
+            model(ids, attention_mask=mask, past_key_values=cache)
+    assert torch.equal(model(ids, attention_mask=torch.ones(1, 12), past_key_values=cache).logits, expected)
+
+
+def test_rows_that_do_not_match_the_cache_are_refused(model):
+    with pytest.raises(ValueError, match="rows"):
+        model(torch.ones(2, 3, dtype=torch.int64), past_key_values=read(model))
+
+
+def test_continuing_without_a_new_token_is_refused(model):
+    ids = torch.randint(0, 50, (1, 12))
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="new token"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=2)
+
+
+def test_a_long_input_is_read_in_blocks_with_the_same_result(model):
+    ids = torch.randint(0, 50, (2, 90), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :31] = 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask)
+        for block_length in (7, 31, 89):
+            blocks = model(ids, attention_mask=mask, logits_to_keep=3, read_block_length=block_length)
+            torch.testing.assert_close(blocks.logits, whole.logits[:, -3:], atol=1e-4, rtol=1e-4)
+            assert (
+                blocks.past_key_values.memory_report()[0]["used"] == whole.past_key_values.memory_report()[0]["used"]
+            )
+
+
+def test_heads_for_classification_ignore_padding():
+    for head in (BwrDncForSequenceClassification, BwrDncForTokenClassification):
+        config = small_model(pad_token_id=0).config
+        config.num_labels = 3
+        torch.manual_seed(0)
+        classifier = head(config).eval()
+        ids = torch.randint(1, 50, (1, 30))
+        padded = torch.cat((ids, torch.zeros(1, 9, dtype=torch.int64)), dim=1)
+        with torch.no_grad():
+            alone = classifier(ids).logits
+            batched = classifier(padded, attention_mask=(padded != 0).long()).logits
+        torch.testing.assert_close(batched if batched.dim() == 2 else batched[:, :30], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_maps_are_distributions_over_what_is_seen(model):
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = model(torch.randint(0, 50, (1, 50)), output_attentions=True).attentions
+    for weights in maps:
+        assert weights.shape[:3] == (1, 2, 50)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 50), atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_reads_and_decodes_over_a_full_bank():
+    for dtype in (torch.bfloat16, torch.float16):
+        half = small_model().to(dtype)
+        with torch.no_grad():
+            outputs = half(torch.randint(0, 50, (2, 40)), use_cache=True)
+            outputs = half(torch.randint(0, 50, (2, 1)), past_key_values=outputs.past_key_values)
+        assert outputs.logits.dtype == dtype and outputs.logits.isfinite().all()
+        entries = outputs.past_key_values.layers[0].state.entries
+        assert entries.salience.dtype == entries.usage.dtype == torch.float32
+
+
+def test_autocast_keeps_salience_and_retention_in_float32():
+    model = small_model().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.randint(0, 50, (1, 40)), labels=torch.randint(0, 50, (1, 40))).loss
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_saved_folder_carries_flat_files_that_import_only_what_everyone_has():
+    files = [SURFACE, *map(Path, get_relative_import_files(SURFACE))]
+    assert {file.parent for file in files} == {SURFACE.parent}
+    allowed = {"torch", "transformers", "safetensors", "huggingface_hub"} | sys.stdlib_module_names
+    for file in files:
+        assert {name.split(".")[0] for name in get_imports(file)} <= allowed, file.name
+
+
+def test_a_saved_folder_loads_elsewhere_without_the_package(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(0, 50, (1, 40))
+    with torch.no_grad():
+        torch.save({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
+    program = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+expected = torch.load("expected.pt")
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(model(expected["ids"]).logits, expected["logits"])
+for auto in (AutoModel, AutoModelForSequenceClassification):
+    assert auto.from_pretrained("model", trust_remote_code=True)(expected["ids"])[0].isfinite().all()
+assert "modeling_bwr_dnc" not in sys.modules
+model.save_pretrained("again")
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    # Without the checkout on the path; the package may be installed, but is not imported.
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    saved = {file.name for file in (tmp_path / "again").iterdir()}
+    assert {file.name for file in SURFACE.parent.glob("*.py")} & saved >= {
+        SURFACE.name,
+        "state_bank.py",
+        "memory_ops.py",
+    }
+    loaded = BwrDncForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, torch.load(tmp_path / "expected.pt")["logits"])
+
+
+def test_lora_needs_no_target_names_and_leaves_the_memory_alone(model):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False))
+    assert not any(".memory." in name for name, parameter in adapted.named_parameters() if "lora" in name)
+    ids = torch.randint(0, 50, (1, 40))
+    with torch.no_grad():
+        logits = adapted(ids).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, logits, atol=1e-4, rtol=1e-4)

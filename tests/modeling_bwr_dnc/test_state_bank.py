@@ -1,0 +1,167 @@
+"""Files of a state: what comes back is what was saved, and what cannot be trusted is refused with nothing lost."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+
+from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM, StateBankCache
+from modeling_bwr_dnc.state_bank import STATE_FILE, extend_history, shorten_history
+
+
+def small_model(seed: int = 0, **settings) -> BwrDncForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    bank = {"segment_length": 4, "memory_slots": [6, 4, 2], "num_sink_tokens": 2, "initializer_range": 0.3}
+    return BwrDncForCausalLM(BwrDncConfig(**sizes | heads | bank | settings)).eval()
+
+
+def read(model: BwrDncForCausalLM, length: int = 60, seed: int = 1) -> StateBankCache:
+    ids = torch.randint(0, 50, (1, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(ids, use_cache=True).past_key_values
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = small_model()
+    cache = read(model)
+    cache.save_pretrained(tmp_path / "state")
+    return model, cache, tmp_path / "state"
+
+
+def test_a_saved_state_comes_back_whole(saved):
+    model, cache, folder = saved
+    loaded = StateBankCache.from_pretrained(folder, config=model.config)
+    assert loaded.memory_report() == cache.memory_report()
+    assert loaded.tokens() == cache.tokens()
+    assert loaded.get_seq_length() == cache.get_seq_length()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "swapped"])
+def test_damaged_tensors_are_refused(saved, damage):
+    _, _, folder = saved
+    (tensors,) = folder.glob("*.safetensors")
+    blob = bytearray(tensors.read_bytes())
+    if damage == "truncated":
+        tensors.write_bytes(blob[: len(blob) // 2])
+    elif damage == "flipped":
+        blob[-5] ^= 1
+        tensors.write_bytes(blob)
+    elif damage == "missing":
+        tensors.unlink()
+    else:
+        other = small_model(seed=5)
+        read(other).save_pretrained(folder.parent / "other")
+        (foreign,) = (folder.parent / "other").glob("*.safetensors")
+        tensors.write_bytes(foreign.read_bytes())
+    with pytest.raises(ValueError, match="sha256|damaged|incomplete"):
+        StateBankCache.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"\x80\x00", b'{"format": "bwr_dnc_state_bank", "version": 1}']
+)
+def test_a_damaged_or_foreign_description_is_refused(saved, content):
+    _, _, folder = saved
+    (folder / STATE_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match="JSON|does not describe|damaged"):
+        StateBankCache.from_pretrained(folder)
+
+
+def test_a_state_of_another_format_version_is_refused(saved):
+    _, _, folder = saved
+    description = json.loads((folder / STATE_FILE).read_text())
+    (folder / STATE_FILE).write_text(json.dumps(description | {"version": 99}))
+    with pytest.raises(ValueError, match="format version 99"):
+        StateBankCache.from_pretrained(folder)
+
+
+def test_a_folder_without_a_state_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=STATE_FILE):
+        StateBankCache.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"segment_length": 8, "memory_slots": [6, 4, 2]}, "segment_length"),
+        ({"num_sink_tokens": 1}, "num_sink_tokens"),
+        ({"num_hidden_layers": 1}, "layers"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads"),
+    ],
+)
+def test_a_state_of_another_shape_is_refused_by_name(saved, settings, named):
+    _, _, folder = saved
+    with pytest.raises(ValueError, match=named):
+        StateBankCache.from_pretrained(folder, config=small_model(**settings).config)
+
+
+def test_a_state_made_by_other_weights_is_refused_at_first_use_and_stays_usable(saved):
+    model, cache, folder = saved
+    loaded = StateBankCache.from_pretrained(folder)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="fingerprint"):
+            small_model(seed=7)(ids, past_key_values=loaded)
+        assert torch.equal(model(ids, past_key_values=loaded).logits, model(ids, past_key_values=cache).logits)
+
+
+def test_a_failed_save_leaves_the_last_state(saved, monkeypatch):
+    model, cache, folder = saved
+    later = cache.clone()
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), past_key_values=later)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        later.save_pretrained(folder)
+    monkeypatch.undo()
+    assert StateBankCache.from_pretrained(folder).get_seq_length() == cache.get_seq_length()
+    assert not list(folder.glob(".*"))
+
+
+def test_saving_again_replaces_the_state_and_leaves_nothing_behind(saved):
+    model, cache, folder = saved
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    cache.save_pretrained(folder)
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
+    assert StateBankCache.from_pretrained(folder).get_seq_length() == 63
+
+
+def test_an_empty_cache_cannot_be_saved_and_a_file_is_no_folder(saved, tmp_path):
+    model, cache, _ = saved
+    with pytest.raises(ValueError, match="empty cache"):
+        StateBankCache(config=model.config).save_pretrained(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        cache.save_pretrained(tmp_path / "file")
+
+
+def test_copies_and_pickles_continue_alike(saved):
+    model, cache, _ = saved
+    ids = torch.tensor([[7, 8, 9]])
+    copies = [cache.clone(), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache).logits
+        for one in copies:
+            assert torch.equal(model(ids, past_key_values=one).logits, expected)
+
+
+def test_a_history_hash_can_be_extended_in_any_split_and_undone():
+    ids = torch.randint(0, 50_000, (2, 40), generator=torch.Generator().manual_seed(0))
+    nothing = torch.zeros(2, dtype=torch.int64)
+    whole = extend_history(nothing, ids)
+    assert torch.equal(extend_history(extend_history(nothing, ids[:, :13]), ids[:, 13:]), whole)
+    padded = torch.cat((torch.full((2, 5), 9), ids), dim=1)
+    real = torch.arange(45).expand(2, 45) >= 5
+    assert torch.equal(extend_history(nothing, padded, real), whole)
+    assert shorten_history(whole[0], ids[0, 30:]) == extend_history(nothing, ids[:, :30])[0]
+    assert extend_history(nothing, ids.flip(1)).ne(whole).all()
