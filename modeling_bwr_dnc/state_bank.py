@@ -550,6 +550,16 @@ class StateBankCache(Cache):
         model = self._writer() if self._writer is not None else None
         return self._loaded_fingerprint if model is None else fingerprint_weights(model)
 
+    def __copy__(self) -> "StateBankCache":
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict) -> "StateBankCache":
+        copied = copy.copy(self)
+        copied.layers = copy.deepcopy(self.layers, memo)
+        return copied
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_loaded_fingerprint": self.weights_fingerprint, "_writer": None}
 
@@ -956,7 +966,8 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
 
 
 def _require_same_settings(first: StateBankCache, other: StateBankCache) -> None:
-    if len({first.weights_fingerprint, other.weights_fingerprint} - {None}) > 1:
+    same_writer = first._writer is not None and first._writer == other._writer
+    if not same_writer and len({first.weights_fingerprint, other.weights_fingerprint} - {None}) > 1:
         raise ValueError(
             "The caches to stack were written by models with different weights; stack those of one model."
         )

@@ -287,12 +287,15 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int):
 
 
 def make_task(source: DataSource):
-    """Examples of a generated task, by its name."""
+    """Examples of a generated task, without end, by its name."""
+    from ..tasks import TASKS
+
+    if source.task not in TASKS:
+        raise ValueError(f"there is no task {source.task!r}; known are {', '.join(sorted(TASKS))}")
     try:
-        from ..tasks import make_task as make
-    except ImportError:
-        raise ValueError(f"the task {source.task!r} is not available in this installation") from None
-    return make(source.task, **source.options)
+        return TASKS[source.task](**source.options).dataset()
+    except TypeError as error:
+        raise ValueError(f"`options` of the task {source.task!r} do not fit: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- result

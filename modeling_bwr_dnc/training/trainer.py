@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer, configuration_utils
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..configuration_bwr_dnc import LAYER_TYPES
 from .arguments import BwrDncTrainingArguments
 from .memory_metrics import GateMovement, bank_metrics, is_memory_parameter
 from .spans import read_in_spans, shift_labels
@@ -29,7 +28,6 @@ class BwrDncTrainer(Trainer):
     args: BwrDncTrainingArguments
 
     def __init__(self, *args, **kwargs):
-        know_layer_types()
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled and self.args.span_length and self.args.gradient_spans:
             raise ValueError(
@@ -190,10 +188,3 @@ def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.register_post_accumulate_grad_hook(update)
-
-
-def know_layer_types() -> None:
-    """Add our layer types to the library's list, which its Trainer checks a checkpoint's config against on resuming."""
-    for name in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
-        known = getattr(configuration_utils, name, ())
-        setattr(configuration_utils, name, tuple(dict.fromkeys((*known, *LAYER_TYPES))))
