@@ -1,0 +1,198 @@
+"""
+Measuring a language model on long input, in blocks, so that memory does not grow with the length if the model's state does not.
+
+Shapes: `B` rows, `T` tokens, `V` ids.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from ..tasks import IGNORED, Task
+from .metrics.answer_accuracy.answer_accuracy import answer_accuracy
+from .metrics.loss_by_position.loss_by_position import loss_by_position
+from .policies import policy_settings, settings_changed
+
+BLOCK_LENGTH = 1024
+# Tokens whose logits exist at the same time.
+LOGITS_AT_ONCE = 256
+
+
+@torch.no_grad()
+def read_blocks(
+    model: PreTrainedModel, input_ids: torch.Tensor, block_length: int = BLOCK_LENGTH
+) -> Iterator[tuple[int, torch.Tensor, object]]:
+    """
+    Read `input_ids` [B, T] block by block; gives where each block starts, its last hidden states [B, block, hidden], and the
+    cache after it.
+    """
+    model.eval()
+    decoder, cache = getattr(model, model.base_model_prefix), None
+    for start in range(0, input_ids.shape[1], block_length):
+        block = input_ids[:, start : start + block_length].to(model.device)
+        outputs = decoder(input_ids=block, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        yield start, outputs.last_hidden_state, cache
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, block_length: int = BLOCK_LENGTH) -> torch.Tensor:
+    """Negative log-likelihood in nats of every token but the first, [B, T - 1], on the CPU."""
+    head, losses = model.get_output_embeddings(), []
+    for start, hidden_states, _ in read_blocks(model, input_ids, block_length):
+        targets = input_ids[:, start + 1 : start + 1 + block_length].to(hidden_states.device)
+        for part, target in zip(
+            hidden_states[:, : targets.shape[1]].split(LOGITS_AT_ONCE, 1), targets.split(LOGITS_AT_ONCE, 1)
+        ):
+            logits = head(part).float().transpose(1, 2)
+            losses.append(F.cross_entropy(logits, target, reduction="none").cpu())
+    return torch.cat(losses, dim=1)
+
+
+@torch.no_grad()
+def predicted_answers(
+    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, block_length: int = BLOCK_LENGTH
+) -> list[list[int]]:
+    """
+    Most likely ids at the labelled places of every row [B, T], given the true ones before: all are right exactly if greedy
+    decoding writes the answer.
+    """
+    head = model.get_output_embeddings()
+    answers: list[list[int]] = [[] for _ in input_ids]
+    for start, hidden_states, _ in read_blocks(model, input_ids, block_length):
+        wanted = labels[:, start + 1 : start + 1 + hidden_states.shape[1]] != IGNORED
+        for row, mask in enumerate(wanted):
+            places = mask.nonzero().squeeze(1).to(hidden_states.device)
+            if len(places):
+                answers[row] += head(hidden_states[row, places]).argmax(-1).tolist()
+    return answers
+
+
+def task_accuracy(
+    model: PreTrainedModel,
+    task: Task,
+    num_rows: int,
+    batch_size: int = 8,
+    block_length: int = BLOCK_LENGTH,
+    on_rows: Callable[[int], object] | None = None,
+) -> dict[str, float]:
+    """
+    `exact` and `token` accuracy, in [0, 1], and the number of `answers`, on rows 0 to `num_rows` of a task.
+
+    Labels without a gap are one answer; `exact` is the share of answers whose tokens are all right.
+
+    Args:
+        on_rows: called with the number of rows done after each batch.
+    """
+    predictions: list[list[int]] = []
+    references: list[list[int]] = []
+    for first in range(0, num_rows, batch_size):
+        input_ids, labels = map(torch.from_numpy, task.batch(range(first, min(first + batch_size, num_rows))))
+        for said, row in zip(predicted_answers(model, input_ids, labels, block_length), labels):
+            places = (row != IGNORED).nonzero().squeeze(1)
+            starts = ((places.diff() > 1).nonzero().squeeze(1) + 1).tolist()
+            bounds = list(zip([0, *starts], [*starts, len(places)]))
+            predictions += [said[start:stop] for start, stop in bounds]
+            references += [row[places[start:stop]].tolist() for start, stop in bounds]
+        if on_rows is not None:
+            on_rows(len(input_ids))
+    return answer_accuracy(predictions, references) | {"answers": len(references)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements: lists of flat records, one per point
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure_loss(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    policies: Sequence[str],
+    edges: Sequence[int],
+    full_limit: int | None = None,
+) -> list[dict]:
+    """
+    Loss by position, under each policy.
+
+    Args:
+        input_ids [B, T]: text that the model was not trained on.
+        edges: bounds of the buckets of positions, ascending.
+        full_limit: the longest text that the policy `full` is run on; it gets the beginning of longer ones.
+    """
+    records = []
+    for policy in policies:
+        length = input_ids.shape[1]
+        if policy == "full" and full_limit is not None:
+            length = min(length, full_limit)
+        with settings_changed(model, **policy_settings(model, policy, length)):
+            losses = token_losses(model, input_ids[:, :length])
+        records += [{"policy": policy, **bucket} for bucket in loss_by_position(losses.tolist(), edges)]
+    return records
+
+
+def measure_depths(
+    model: PreTrainedModel,
+    task: Task,
+    policies: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    num_rows: int,
+    full_limit: int | None = None,
+) -> list[dict]:
+    """Accuracy of a task with a `depth`, by length and depth, under each policy."""
+    return [
+        {"policy": policy, "length": length, "depth": depth}
+        | _accuracy(model, replace(task, length=length, depth=depth), policy, num_rows)  # type: ignore[call-arg]
+        for policy in policies
+        for length in _lengths(policy, lengths, full_limit)
+        for depth in depths
+    ]
+
+
+def measure_lengths(
+    model: PreTrainedModel,
+    task: Task,
+    policies: Sequence[str],
+    lengths: Sequence[int],
+    num_rows: int,
+    full_limit: int | None = None,
+) -> list[dict]:
+    """Accuracy of a task by length, under each policy."""
+    return [
+        {"policy": policy, "length": length} | _accuracy(model, replace(task, length=length), policy, num_rows)
+        for policy in policies
+        for length in _lengths(policy, lengths, full_limit)
+    ]
+
+
+def measure_pairs_and_slots(
+    model: PreTrainedModel,
+    task: Task,
+    policies: Sequence[str],
+    pairs: Sequence[int],
+    slots: Sequence[int],
+    num_rows: int,
+) -> list[dict]:
+    """Accuracy of a task with `num_pairs` by the pairs of a row and the raw slots of the model, compressed levels off."""
+    records = []
+    for num_slots in slots:
+        with settings_changed(model, memory_slots=[num_slots, 0, 0]):
+            records += [
+                {"policy": policy, "slots": num_slots, "pairs": num_pairs}
+                | _accuracy(model, replace(task, num_pairs=num_pairs), policy, num_rows)  # type: ignore[call-arg]
+                for policy in policies
+                for num_pairs in pairs
+            ]
+    return records
+
+
+def _lengths(policy: str, lengths: Sequence[int], full_limit: int | None) -> list[int]:
+    return [length for length in lengths if policy != "full" or full_limit is None or length <= full_limit]
+
+
+def _accuracy(model: PreTrainedModel, task: Task, policy: str, num_rows: int) -> dict[str, float]:
+    with settings_changed(model, **policy_settings(model, policy, task.length)):
+        return task_accuracy(model, task, num_rows)

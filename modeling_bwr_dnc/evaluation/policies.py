@@ -1,0 +1,56 @@
+"""What a memory is compared with: the same weights, reading with another policy of what stays."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from ..configuration_bwr_dnc import RETENTION_SCORES
+
+# The model itself, and the controls that every evaluation runs beside it.
+CONTROLS = {
+    "memory": "the model as it is",
+    "full": "full attention: slots that hold everything",
+    "window": "sinks and window only",
+    "equal_slot_window": "sinks and a longer window: all slots raw, filled with the most recent tokens",
+    "random": "equal slots and levels, evicted at random",
+}
+POLICIES = CONTROLS | {
+    f"score:{score}": f"equal slots and levels, evicted by {score.replace('_', ' ')}" for score in RETENTION_SCORES
+}
+
+
+def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
+    """
+    The settings of the model's config that make a policy, for texts of up to `length` tokens.
+
+    Raises:
+        ValueError: for a policy that is not in `POLICIES`.
+    """
+    config = model.config
+    if policy == "memory":
+        return {}
+    if policy == "full":
+        return {"use_memory": True, "memory_slots": [max(length, sum(config.memory_slots)), 0, 0]}
+    if policy == "window":
+        return {"use_memory": False}
+    if policy == "equal_slot_window":
+        return {"memory_slots": [sum(config.memory_slots), 0, 0], "retention_score": "recency"}
+    if policy == "random":
+        return {"retention_score": "random"}
+    if policy in POLICIES:
+        return {"retention_score": policy.removeprefix("score:")}
+    raise ValueError(f"the policy is {policy!r}, but must be one of {', '.join(POLICIES)}")
+
+
+@contextmanager
+def settings_changed(model: PreTrainedModel, **settings) -> Iterator[PreTrainedModel]:
+    """While this lasts, the model runs with other settings of its config; they are not validated, as controls go beyond them."""
+    before = {name: getattr(model.config, name) for name in settings}
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    try:
+        yield model
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)

@@ -1,0 +1,191 @@
+"""Measure a model's memory beside the controls, all on the same weights: full attention, sinks and window, a window of as many
+slots, and random eviction. Writes results.json, results.md and a picture per measurement.
+
+Examples:
+  python -m scripts.evaluate --model DIR --output results --measures loss passkey --lengths 1024 2048 4096
+  python -m scripts.evaluate --model DIR --output results --measures loss --text book.txt --lengths 16384
+  python -m scripts.evaluate --model DIR --output results --measures needle --kind name --score attention
+  python -m scripts.evaluate --model DIR --output results --measures accuracy pairs --task lookup --pairs 8 16 32
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from modeling_bwr_dnc import BwrDncForCausalLM
+from modeling_bwr_dnc.configuration_bwr_dnc import RETENTION_SCORES
+from modeling_bwr_dnc.evaluation.measuring import (
+    measure_depths,
+    measure_lengths,
+    measure_loss,
+    measure_pairs_and_slots,
+)
+from modeling_bwr_dnc.evaluation.policies import CONTROLS
+from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
+from modeling_bwr_dnc.evaluation.report import write_report
+from modeling_bwr_dnc.tasks import TASKS, Passkey, Task, TextNeedle
+from scripts.command_line import load_model, run
+
+MEASURES = ("loss", "passkey", "needle", "accuracy", "pairs")
+# Written beside a model that was trained on a task.
+TASK_FILE = "task.json"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "scripts.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub name")
+    parser.add_argument("--output", required=True, help="folder to write the results into")
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=["loss", "passkey"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096], help="in tokens")
+    parser.add_argument(
+        "--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 is far, 1 is near"
+    )
+    parser.add_argument("--rows", type=int, default=8, help="examples per point")
+    parser.add_argument("--seed", type=int, default=10_000, help="of the examples")
+    parser.add_argument("--text", help="UTF-8 file; by default the Python language reference")
+    parser.add_argument("--kind", help="of needle: code, word, name, date; by default all")
+    parser.add_argument("--task", choices=sorted(TASKS), help="by default what the model was trained on")
+    parser.add_argument(
+        "--option", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the task, such as hops=2"
+    )
+    parser.add_argument("--pairs", nargs="+", type=int, default=[8, 16, 32, 64], help="pairs in a row, for `pairs`")
+    parser.add_argument("--slots", nargs="+", type=int, default=[8, 16, 32, 64], help="raw slots, for `pairs`")
+    parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="another budget: raw, 2x, 4x")
+    parser.add_argument(
+        "--score", nargs="+", choices=RETENTION_SCORES, default=[], help="further eviction scores to compare"
+    )
+    parser.add_argument(
+        "--full-limit",
+        type=int,
+        default=8192,
+        help="the longest text that full attention is measured on (its cost grows)",
+    )
+    return parser
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    if min(arguments.lengths) < 2 or arguments.rows < 1:
+        raise ValueError(f"--lengths {arguments.lengths} and --rows {arguments.rows} must be at least 2 and 1")
+    text_measures = [name for name in arguments.measures if name in ("loss", "passkey", "needle")]
+    if text_measures:
+        model, tokenizer = load_model(arguments.model)
+    else:
+        model, tokenizer = BwrDncForCausalLM.from_pretrained(arguments.model).eval(), None
+    if arguments.memory_slots is not None:
+        model.config.memory_slots = arguments.memory_slots
+        model.config.validate_architecture()
+    policies = [*CONTROLS, *(f"score:{score}" for score in arguments.score)]
+    begin = time.monotonic()
+    measurements: dict[str, list[dict]] = {}
+    for measure in arguments.measures:
+        print(f"measuring {measure} ...", flush=True)
+        measurements |= MEASURING[measure](arguments, model, tokenizer, policies)
+    facts = {
+        "command": f"`python -m scripts.evaluate {shlex.join(sys.argv[1:])}`",
+        "policies": "; ".join(f"{name} = {meaning}" for name, meaning in CONTROLS.items()),
+        "memory": f"segment {model.config.segment_length}, sinks {model.config.num_sink_tokens}, slots "
+        f"{'/'.join(map(str, model.config.memory_slots))}, positions by {model.config.memory_position}",
+        "rows per point": arguments.rows,
+        "seed": arguments.seed,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device.type}, {model.dtype}",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "seconds": round(time.monotonic() - begin),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    results = {"title": f"Memory of {Path(arguments.model).name}", "facts": facts, "measurements": measurements}
+    for path in write_report(results, arguments.output):
+        print(f"wrote {path}")
+
+
+def _loss(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+    text = python_manual() if arguments.text is None else read_text_file(arguments.text)
+    input_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
+    longest = max(arguments.lengths)
+    if input_ids.shape[1] < longest:
+        raise ValueError(
+            f"the text has {input_ids.shape[1]} tokens, but --lengths asks for {longest}; give a longer --text"
+        )
+    edges, edge = [0], 256
+    while edge < longest:
+        edges.append(edge)
+        edge *= 2
+    return {"loss_by_position": measure_loss(model, input_ids[:, :longest], policies, edges, arguments.full_limit)}
+
+
+def _passkey(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+    return {"passkey": _depths(Passkey(tokenizer=tokenizer, seed=arguments.seed), arguments, model, policies)}
+
+
+def _needle(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+    text = None if arguments.text is None else read_text_file(arguments.text)
+    task = TextNeedle(tokenizer=tokenizer, seed=arguments.seed, kind=arguments.kind, text=text)
+    return {f"needle_{arguments.kind or 'any'}": _depths(task, arguments, model, policies)}
+
+
+def _depths(task: Task, arguments, model, policies) -> list[dict]:
+    return measure_depths(
+        model, task, policies, arguments.lengths, arguments.depths, arguments.rows, arguments.full_limit
+    )
+
+
+def _accuracy(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+    task = chosen_task(arguments, model)
+    records = measure_lengths(model, task, policies, arguments.lengths, arguments.rows, arguments.full_limit)
+    return {f"{task.name}_by_length": records}
+
+
+def _pairs(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+    task = dataclasses.replace(chosen_task(arguments, model), length=max(arguments.lengths))
+    if not hasattr(task, "num_pairs"):
+        raise ValueError(f"the task {task.name!r} has no pairs; use lookup or mqar")
+    records = measure_pairs_and_slots(model, task, policies, arguments.pairs, arguments.slots, arguments.rows)
+    return {f"{task.name}_pairs_by_slots": records}
+
+
+MEASURING = {"loss": _loss, "passkey": _passkey, "needle": _needle, "accuracy": _accuracy, "pairs": _pairs}
+
+
+def chosen_task(arguments: argparse.Namespace, model: BwrDncForCausalLM) -> Task:
+    """The task asked for, or the one that the model's folder names."""
+    path = Path(arguments.model) / TASK_FILE
+    described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    name = arguments.task or described.get("task")
+    if name is None:
+        raise ValueError(f"{arguments.model} does not say what it was trained on ({TASK_FILE}); choose a --task")
+    known = dict(described["options"]) if name == described.get("task") else {}
+    if "vocab_size" in TASKS[name].__dataclass_fields__:
+        known.setdefault("vocab_size", model.config.vocab_size)
+    return task_from(name, arguments.option, known | {"length": max(arguments.lengths), "seed": arguments.seed})
+
+
+def task_from(name: str, options: list[str], known: dict) -> Task:
+    """A task by its name, from options KEY=VALUE and `known` ones. Raises `ValueError` for an option it does not have."""
+    known = dict(known)
+    fields = sorted(field.name for field in dataclasses.fields(TASKS[name]))
+    for item in options:
+        key, _, value = item.partition("=")
+        if key not in fields:
+            raise ValueError(f"the task {name!r} has no setting {key!r}; it has {', '.join(fields)}")
+        known[key] = _number(value)
+    return TASKS[name](**known)
+
+
+def _number(text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+if __name__ == "__main__":
+    run(build_parser(), evaluate)

@@ -1,0 +1,47 @@
+"""`scripts.evaluate` measures with all controls, writes its report, and refuses in one line."""
+
+import json
+
+from modeling_bwr_dnc.evaluation.policies import CONTROLS
+from scripts import evaluate
+
+
+def test_writes_numbers_tables_and_pictures(call, tiny_model, document, tmp_path):
+    arguments = ["--model", tiny_model, "--output", tmp_path / "results", "--measures", "loss", "needle"]
+    arguments += ["--lengths", 180, 200, "--depths", 0.5, "--rows", 1, "--full-limit", 190, "--kind", "code"]
+    code, _, errors = call(evaluate, *arguments, "--text", document)
+    assert code == 0, errors
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    loss, needle = results["measurements"]["loss_by_position"], results["measurements"]["needle_code"]
+    assert {record["policy"] for record in loss} == {record["policy"] for record in needle} == set(CONTROLS)
+    assert all(record["loss"] > 0 for record in loss)
+    assert max(record["length"] for record in needle if record["policy"] == "full") == 180
+    assert "python -m scripts.evaluate" in results["facts"]["command"]
+    for name in ("results.md", "loss_by_position.png", "needle_code.png"):
+        assert (tmp_path / "results" / name).stat().st_size > 0
+
+
+def test_tasks_budgets_and_scores(call, tiny_model, tmp_path):
+    arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "accuracy", "pairs", "--task", "lookup"]
+    arguments += ["--lengths", 64, "--rows", 1, "--option", "num_queries=2", "--pairs", 4, 8, "--slots", 4]
+    code, _, errors = call(evaluate, *arguments, "--score", "attention", "--memory-slots", 8, 0, 0)
+    assert code == 0, errors
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {record["policy"] for record in results["measurements"]["lookup_by_length"]} == {
+        *CONTROLS,
+        "score:attention",
+    }
+    assert {record["pairs"] for record in results["measurements"]["lookup_pairs_by_slots"]} == {4, 8}
+    assert "slots 8/0/0" in results["facts"]["memory"]
+
+
+def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
+    arguments = ["--model", tiny_model, "--output", tmp_path / "out"]
+    assert_refused("no model folder at", evaluate, "--model", tmp_path / "nowhere", "--output", tmp_path)
+    assert_refused("the text has", evaluate, *arguments, "--text", document, "--lengths", 5000, "--measures", "loss")
+    assert_refused("choose a --task", evaluate, *arguments, "--measures", "accuracy")
+    wrong = ["--measures", "accuracy", "--task", "lookup", "--option", "colour=3"]
+    assert_refused("has no setting 'colour'", evaluate, *arguments, *wrong)
+    assert_refused("has no pairs", evaluate, *arguments, "--measures", "pairs", "--task", "copy", "--lengths", 40)
+    assert_refused("`kind` is 'smell'", evaluate, *arguments, "--measures", "needle", "--kind", "smell")
+    assert_refused("must be at least", evaluate, *arguments, "--rows", 0)
