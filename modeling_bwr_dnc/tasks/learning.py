@@ -1,0 +1,208 @@
+"""
+Learning a task from scratch with a very small model, in minutes on a CPU.
+
+Short rows come first: what a question asks for is learned where everything is still in sight, and only then what to keep. Rows
+of a batch share a length, batches have about the same number of tokens.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from datasets import IterableDataset
+from transformers import PrinterCallback, TrainerCallback
+
+from ..configuration_bwr_dnc import BwrDncConfig
+from ..modeling_bwr_dnc import BwrDncForCausalLM
+from ..training.arguments import BwrDncTrainingArguments
+from ..training.trainer import BwrDncTrainer
+from .task import Task, require
+
+# What is trained alike and compared: the memory, full attention (slots that hold everything, positions as ranks), and sinks and
+# window only.
+MODEL_KINDS = ("memory", "full", "window")
+
+
+def small_config(kind: str, task: Task, memory_slots: Sequence[int] = (32, 16, 8), **settings) -> BwrDncConfig:
+    """
+    A two-layer model of about 0.1 million parameters with a short convolution.
+
+    Args:
+        kind: one of `MODEL_KINDS`; the parameters are the same for all.
+        memory_slots: raw, 2x, 4x, of the kind `memory`.
+        settings: other fields of the config.
+    """
+    require(kind in MODEL_KINDS, "kind", kind, f"be one of {', '.join(MODEL_KINDS)}")
+    longest = 1 << 20
+    by_kind: dict[str, dict] = {
+        "memory": {"memory_slots": list(memory_slots), "memory_position": "constant"},
+        "full": {"memory_slots": [longest // 2, 0, 0], "memory_position": "rank", "max_position_embeddings": longest},
+        "window": {"memory_slots": list(memory_slots), "memory_position": "constant", "use_memory": False},
+    }
+    defaults = {
+        "vocab_size": getattr(task, "vocab_size", 256),
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "segment_length": 16,
+        "num_sink_tokens": 4,
+        "short_conv_kernel": 3,
+        "usage_weight": 0.0,
+        "initializer_range": 0.1,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return BwrDncConfig(**defaults | by_kind[kind] | settings)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A task, and until which share of the training it is the hardest one."""
+
+    task: Task
+    until: float
+
+
+def staged(task: Task, shortest: int = 64) -> list[Stage]:
+    """
+    A task at lengths that double up to its own: the first until 0.4 of the training, the last from 0.65 on.
+
+    Pairs, if the task has any, are as dense as in the whole, but at most an eighth of the tokens and at least what fits.
+    """
+    lengths = [task.length]
+    while lengths[0] // 2 >= shortest:
+        lengths.insert(0, lengths[0] // 2)
+    if len(lengths) == 1:
+        return [Stage(task, 1.0)]
+    bounds = np.linspace(0.4, 0.65, len(lengths) - 1).tolist()
+    return [Stage(_shortened(task, length), until) for length, until in zip(lengths, [*bounds, 1.0])]
+
+
+def _shortened(task: Task, length: int) -> Task:
+    changes: dict = {"length": length}
+    for name in ("num_pairs", "num_chains", "num_queries"):
+        if hasattr(task, name):
+            changes[name] = max(1, min(getattr(task, name), length // 8))
+    return replace(task, **changes)
+
+
+def batches(stages: Sequence[Stage], num_steps: int, tokens_per_batch: int, seed: int) -> Iterator[dict]:
+    """One batch per step: `input_ids` and `labels` [B, T], of the hardest stage open or the one before it."""
+    random = np.random.default_rng(seed)
+    for step in range(num_steps):
+        hardest = next(index for index, stage in enumerate(stages) if step < stage.until * num_steps)
+        task = stages[int(random.integers(max(0, hardest - 1), hardest + 1))].task
+        size = max(1, tokens_per_batch // task.length)
+        input_ids, labels = task.batch(range(step * tokens_per_batch, step * tokens_per_batch + size))
+        yield {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
+
+
+@dataclass
+class Learned:
+    """A trained model, the seconds it took without measuring, and what was measured on the way: step, seconds, accuracy."""
+
+    model: BwrDncForCausalLM
+    seconds: float
+    curve: list[dict] = field(default_factory=list)
+
+
+def learn(
+    config: BwrDncConfig,
+    task: Task,
+    stages: Sequence[Stage],
+    num_steps: int = 700,
+    seed: int = 0,
+    tokens_per_batch: int = 2048,
+    learning_rate: float = 5e-3,
+    memory_learning_rate: float = 1e-2,
+    retention_noise: bool = True,
+    measure: Callable[[BwrDncForCausalLM], float] | None = None,
+    measure_every: int = 50,
+    stop_at: float | None = None,
+) -> Learned:
+    """
+    Train a new model on a task.
+
+    Args:
+        stages: see `staged`; `[Stage(task, 1.0)]` trains at full length from the start.
+        memory_learning_rate: of salience, routing and compressor, which get no weight decay.
+        retention_noise: Gumbel noise on what the memory keeps, without which an entry that is never kept is never tried.
+        measure: accuracy of the model; called every `measure_every` steps.
+        stop_at: end the training when `measure` has reached this.
+    """
+    # Small activations decay into denormal numbers, which CPUs compute with many times slower.
+    torch.set_flush_denormal(True)
+    torch.manual_seed(seed)
+    model = BwrDncForCausalLM(config)
+    rows = IterableDataset.from_generator(
+        batches,
+        gen_kwargs={
+            "stages": tuple(stages),
+            "num_steps": num_steps,
+            "tokens_per_batch": tokens_per_batch,
+            "seed": seed,
+        },
+    )
+    watch = _Watch(measure, measure_every, stop_at)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = BwrDncTrainingArguments(
+            output_dir=folder,
+            max_steps=num_steps,
+            per_device_train_batch_size=1,
+            learning_rate=learning_rate,
+            memory_learning_rate=memory_learning_rate,
+            retention_noise=retention_noise,
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": round(0.3 * num_steps), "min_lr_ratio": 0.05},
+            warmup_steps=min(50, num_steps // 4),
+            adam_beta2=0.98,
+            weight_decay=0.01,
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            log_memory=False,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        trainer = BwrDncTrainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=_whole_batch, callbacks=[watch]
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return Learned(model.eval(), watch.elapsed(), watch.curve)
+
+
+def _whole_batch(items: list[dict]) -> dict[str, torch.Tensor]:
+    (batch,) = items
+    return {name: torch.tensor(value) for name, value in batch.items()}
+
+
+class _Watch(TrainerCallback):
+    """Measures now and then, and keeps the time, less that of measuring."""
+
+    def __init__(self, measure, every: int, stop_at: float | None):
+        self.measure, self.every, self.stop_at = measure, every, stop_at
+        self.curve: list[dict] = []
+        self.begin = self.measuring = 0.0
+
+    def elapsed(self) -> float:
+        return time.process_time() - self.begin - self.measuring
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin = time.process_time()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.measure is None or state.global_step % self.every:
+            return
+        seconds, start = self.elapsed(), time.process_time()
+        accuracy = self.measure(model)
+        model.train()
+        self.measuring += time.process_time() - start
+        self.curve.append({"step": state.global_step, "seconds": round(seconds, 1), "accuracy": accuracy})
+        if self.stop_at is not None and accuracy >= self.stop_at:
+            control.should_training_stop = True

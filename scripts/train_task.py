@@ -1,0 +1,171 @@
+"""Train models of 0.1 million parameters from scratch on a long-range task: the memory, full attention and window only, alike;
+then measure them far beyond the training length. Minutes per model on one CPU core.
+
+Examples:
+  python -m scripts.train_task --output runs/recall
+  python -m scripts.train_task --output runs/recall --seeds 0 1 2 --lengths 256 1024 4096 16384
+  python -m scripts.train_task --output runs/hops --task recall --option hops=2 num_chains=5 --models memory full
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from modeling_bwr_dnc.evaluation.measuring import task_accuracy
+from modeling_bwr_dnc.evaluation.report import write_report
+from modeling_bwr_dnc.tasks import TASKS, Task
+from modeling_bwr_dnc.tasks.learning import MODEL_KINDS, Stage, learn, small_config, staged
+from scripts.command_line import run
+from scripts.evaluate import TASK_FILE, task_from
+
+# Rows of the measurements; training uses small seeds.
+MEASURING_SEED = 10_000
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "scripts.train_task", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, help="folder for the models and the results")
+    parser.add_argument("--task", choices=sorted(TASKS), default="lookup")
+    parser.add_argument(
+        "--option", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the task, such as num_pairs=16"
+    )
+    parser.add_argument("--length", type=int, default=256, help="the longest training rows, in tokens")
+    parser.add_argument("--models", nargs="+", choices=MODEL_KINDS, default=list(MODEL_KINDS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--tokens-per-batch", type=int, default=2048)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--memory-learning-rate", type=float, default=1e-2)
+    parser.add_argument("--memory-slots", nargs=3, type=int, default=[32, 16, 8], metavar="N", help="raw, 2x, 4x")
+    parser.add_argument(
+        "--setting",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="fields of the model's config, such as usage_weight=1",
+    )
+    parser.add_argument("--no-noise", action="store_true", help="no noise on what the memory keeps in training")
+    parser.add_argument(
+        "--no-stages", action="store_true", help="rows of full length from the start, instead of short ones first"
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], help="to measure at")
+    parser.add_argument(
+        "--pairs", nargs="*", type=int, default=[], help="also measure with so many pairs, at twice the length"
+    )
+    parser.add_argument("--rows", type=int, default=32, help="rows per point")
+    parser.add_argument(
+        "--full-limit", type=int, default=8192, help="the longest rows that full attention is measured on"
+    )
+    return parser
+
+
+def train_task(arguments: argparse.Namespace) -> None:
+    task = task_from(arguments.task, arguments.option, {"length": arguments.length})
+    settings = dict(_pair(item) for item in arguments.setting)
+    output, trainings = Path(arguments.output), []
+    by_length: list[dict] = []
+    by_pairs: list[dict] = []
+    for kind in arguments.models:
+        for seed in arguments.seeds:
+            trained = dataclasses.replace(task, seed=seed)
+            stages = [Stage(trained, 1.0)] if arguments.no_stages else staged(trained)
+            config = small_config(kind, task, arguments.memory_slots, **settings)
+            learned = learn(
+                config,
+                trained,
+                stages,
+                arguments.steps,
+                seed,
+                arguments.tokens_per_batch,
+                arguments.learning_rate,
+                arguments.memory_learning_rate,
+                retention_noise=not arguments.no_noise,
+                measure=lambda model: task_accuracy(model, _unseen(task), 8)["exact"],
+            )
+            model = learned.model
+            trainings.append(
+                {"model": kind, "seed": seed, "seconds": round(learned.seconds, 1), "curve": learned.curve}
+            )
+            print(
+                f"{kind}, seed {seed}: {model.num_parameters():,} parameters, {learned.seconds:.0f} s of one core",
+                flush=True,
+            )
+            folder = output / f"{kind}-{seed}"
+            model.save_pretrained(folder)
+            described = {"task": task.name, "options": _options(trained)}
+            (folder / TASK_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            for length in arguments.lengths:
+                if kind != "full" or length <= arguments.full_limit:
+                    accuracy = task_accuracy(model, _unseen(task, length=length), arguments.rows)
+                    by_length.append({"policy": kind, "seed": seed, "length": length, **accuracy})
+                    print(f"  {length:,} tokens: {accuracy['exact']:.3f}", flush=True)
+            for pairs in arguments.pairs:
+                unseen = _unseen(task, length=2 * task.length, num_pairs=pairs)
+                accuracy = task_accuracy(model, unseen, arguments.rows)
+                by_pairs.append({"policy": kind, "seed": seed, "length": unseen.length, "pairs": pairs, **accuracy})
+                print(f"  {pairs} pairs in {unseen.length:,} tokens: {accuracy['exact']:.3f}", flush=True)
+    measurements = {"accuracy_by_length": _mean_of_seeds(by_length)}
+    if by_pairs:
+        measurements["accuracy_by_pairs"] = _mean_of_seeds(by_pairs)
+    facts = {
+        "command": f"`python -m scripts.train_task {shlex.join(sys.argv[1:])}`",
+        "seeds": ", ".join(map(str, arguments.seeds)),
+        "rows per point and seed": arguments.rows,
+        "threads": torch.get_num_threads(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    results = {
+        "title": f"{task.name}, learned from scratch on rows of at most {task.length} tokens",
+        "facts": facts,
+        "measurements": measurements,
+        "by_seed": by_length + by_pairs,
+        "trainings": trainings,
+    }
+    for path in write_report(results, output):
+        print(f"wrote {path}")
+
+
+def _unseen(task: Task, **changes) -> Task:
+    return dataclasses.replace(task, seed=MEASURING_SEED, **changes)
+
+
+def _options(task: Task) -> dict:
+    return {field.name: getattr(task, field.name) for field in dataclasses.fields(task) if field.name != "tokenizer"}
+
+
+def _pair(item: str) -> tuple:
+    name, found, value = item.partition("=")
+    if not found:
+        raise ValueError(f"a setting is {item!r}, but must be KEY=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _mean_of_seeds(records: list[dict]) -> list[dict]:
+    """One record per point, with the mean over the seeds, and the least and greatest."""
+    points: dict[tuple, list[dict]] = {}
+    for record in records:
+        key = tuple((name, record[name]) for name in ("policy", "length", "pairs") if name in record)
+        points.setdefault(key, []).append(record)
+    return [
+        dict(key)
+        | {name: sum(record[name] for record in found) / len(found) for name in ("exact", "token")}
+        | {"least": min(record["exact"] for record in found), "greatest": max(record["exact"] for record in found)}
+        for key, found in points.items()
+    ]
+
+
+if __name__ == "__main__":
+    run(build_parser(), train_task)

@@ -1,0 +1,73 @@
+"""`scripts.train_task` trains all kinds alike, measures them, and leaves models that `scripts.evaluate` knows how to ask."""
+
+import json
+
+from modeling_bwr_dnc import BwrDncForCausalLM
+from scripts import evaluate, train_task
+
+QUICK = [
+    "--steps",
+    2,
+    "--tokens-per-batch",
+    128,
+    "--rows",
+    1,
+    "--option",
+    "num_pairs=4",
+    "num_queries=2",
+    "--length",
+    64,
+]
+
+
+def test_trains_measures_and_leaves_models(call, tmp_path):
+    output = tmp_path / "runs"
+    arguments = [
+        "--output",
+        output,
+        *QUICK,
+        "--lengths",
+        64,
+        128,
+        "--pairs",
+        8,
+        "--seeds",
+        0,
+        1,
+        "--models",
+        "memory",
+        "full",
+    ]
+    arguments += ["--setting", "hidden_size=16", "intermediate_size=16"]
+    code, printed, errors = call(train_task, *arguments)
+    assert code == 0, errors
+    assert "memory, seed 0" in printed
+    results = json.loads((output / "results.json").read_text())
+    points = results["measurements"]["accuracy_by_length"]
+    assert [(point["policy"], point["length"]) for point in points] == [
+        (kind, length) for kind in ("memory", "full") for length in (64, 128)
+    ]
+    assert len(results["by_seed"]) == 12 and len(results["trainings"]) == 4
+    model = BwrDncForCausalLM.from_pretrained(output / "full-1")
+    assert model.config.hidden_size == 16 and model.config.memory_slots[0] > 100_000
+    code, _, errors = call(
+        evaluate,
+        "--model",
+        output / "memory-0",
+        "--output",
+        tmp_path / "e",
+        "--measures",
+        "accuracy",
+        "--lengths",
+        64,
+        "--rows",
+        1,
+    )
+    assert code == 0, errors
+    assert "lookup_by_length" in json.loads((tmp_path / "e" / "results.json").read_text())["measurements"]
+
+
+def test_bad_input_is_refused(assert_refused, tmp_path):
+    assert_refused("`num_pairs` is 500", train_task, "--output", tmp_path, "--option", "num_pairs=500")
+    assert_refused("has no setting 'pairs'", train_task, "--output", tmp_path, "--option", "pairs=5")
+    assert_refused("must be KEY=VALUE", train_task, "--output", tmp_path, *QUICK, "--setting", "hidden_size")
