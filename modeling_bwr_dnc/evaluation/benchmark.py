@@ -1,0 +1,478 @@
+"""
+BWR-DNC beside other models of its shape: time of training, prefill, decoding and starting, and the memory they take.
+
+Timings are taken in one process, the models in turns (A B A B), after a warm-up; memory in a fresh process for each figure. A
+measurement is a plain dictionary; `benchmark_report` turns them into ratios, tables and pictures.
+
+    what      seconds                                           beside it
+    train     one step: forward, backward, optimizer            gemm_share
+    prefill   a prompt until its first new token                gemm_share, state_bytes
+    decode    one token, mean over `decode_tokens` of them      bandwidth_share, longest_token_seconds
+    memory    one training step, or reading, in a new process   peak_bytes
+    cold      a new process until its first token               import_seconds, load_seconds, token_seconds
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import PreTrainedModel
+
+from modeling_bwr_dnc import BwrDncConfig
+from modeling_bwr_dnc.evaluation import machine
+from modeling_bwr_dnc.evaluation.machine import REPOSITORY, in_fresh_process, middle, timed
+from modeling_bwr_dnc.evaluation.peers import (
+    FULL,
+    OURS,
+    PEERS,
+    Peer,
+    cache_nbytes,
+    decoded_token_bytes,
+    forward_flops,
+)
+from modeling_bwr_dnc.training.token_loss import head_gives_losses
+
+# Lengths measured by default.
+TRAINING_LENGTHS = (512, 2048, 8192)
+PREFILL_LENGTHS = (512, 2048, 8192, 32768)
+DECODE_LENGTHS = (512, 8192, 32768)
+TRAINING_MEMORY_LENGTHS = (8192,)
+READING_MEMORY_LENGTHS = (2048, 16384, 131072)
+WARM_UP_LENGTH = 512
+WARM_UP_TOKENS = 2
+COLD_START_TOKENS = 8
+# Losses of a training step. "plain": the model's own, over the logits of the whole input. "chunked": of this package.
+LOSSES = ("plain", "chunked")
+
+# Runs in a new process and imports nothing but what it measures.
+COLD_START = """
+import json, sys, time
+began = time.perf_counter()
+import torch
+torch.set_num_threads(int(sys.argv[2]))
+from {module} import {model}
+imported = time.perf_counter()
+model = {model}.from_pretrained(sys.argv[1])
+loaded = time.perf_counter()
+with torch.no_grad():
+    model(torch.arange({num_tokens})[None], logits_to_keep=1, use_cache=True).logits.argmax().item()
+seconds = time.perf_counter()
+print(json.dumps([imported - began, loaded - imported, seconds - loaded]))
+"""
+MODULES = {OURS: "modeling_bwr_dnc"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all measurements of a run have in common."""
+
+    config: BwrDncConfig
+    models: tuple[str, ...] = tuple(PEERS)
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    rounds: int = 5
+    decode_tokens: int = 256
+    optimizer: str = "adamw"
+    seed: int = 0
+
+    def apply(self) -> None:
+        """Process settings, the same for all models."""
+        torch.set_num_threads(self.threads)
+        torch.set_flush_denormal(True)
+        transformers.logging.set_verbosity_error()
+
+    def model(self, name: str) -> PreTrainedModel:
+        torch.manual_seed(self.seed)
+        return PEERS[name].build(self.config).to(self.device, getattr(torch, self.dtype))
+
+    def token_ids(self, batch_size: int, length: int) -> torch.Tensor:
+        """Random ids [batch_size, length]."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(self.config.vocab_size, (batch_size, length), generator=generator).to(self.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is timed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def new_optimizer(model: PreTrainedModel, name: str) -> torch.optim.Optimizer | None:
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if name == "adamw" else None
+
+
+def training_step(
+    model: PreTrainedModel, ids: torch.Tensor, loss_kind: str, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Forward, backward and, if there is an optimizer, its step; gradients are gone afterwards."""
+    model.train()
+    if loss_kind == "chunked":
+        labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+        with head_gives_losses(model.get_output_embeddings(), labels, chunk_length=256):
+            loss = model(ids, use_cache=False).logits.mean()
+    else:
+        loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def read(peer: Peer, model: PreTrainedModel, ids: torch.Tensor, cache=None) -> tuple[torch.Tensor, object]:
+    """The most likely next token [B, 1] after `ids` [B, T], and the cache that holds them."""
+    model.eval()
+    for block in ids.split(peer.read_block_length or ids.shape[1], dim=1):
+        outputs = model(block, **{peer.cache_name: cache}, use_cache=True, logits_to_keep=1)
+        cache = getattr(outputs, peer.cache_name)
+    return outputs.logits[:, -1:].argmax(-1), cache
+
+
+def decode(
+    peer: Peer, model: PreTrainedModel, token: torch.Tensor, cache, num_tokens: int, device: str
+) -> list[float]:
+    """Seconds of each of `num_tokens` greedy steps that continue `cache` with `token` [B, 1]."""
+    seconds = []
+    for _ in range(num_tokens):
+
+        def step() -> None:
+            nonlocal token
+            token, _ = read(peer, model, token, cache)
+
+        seconds.append(timed(step, device))
+    return seconds
+
+
+def in_turns(
+    tasks: Mapping[str, Callable[[], float]], rounds: int, seconds_left: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Values of every task, taken A B A B; one round at least, and no further one that would take too long."""
+    values: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for name, task in tasks.items():
+            values[name].append(task())
+        if time.perf_counter() - began > seconds_left():
+            break
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs in a fresh process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def memory_of_training(settings: Settings, name: str, length: int, loss_kind: str, uses_checkpointing: bool) -> dict:
+    settings.apply()
+    model = settings.model(name)
+    if uses_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids, optimizer = settings.token_ids(1, length), new_optimizer(model, settings.optimizer)
+    seconds = timed(lambda: training_step(model, ids, loss_kind, optimizer), settings.device)
+    return {"seconds": seconds, "peak_bytes": machine.peak_memory(settings.device)}
+
+
+def memory_of_reading(settings: Settings, name: str, length: int) -> dict:
+    settings.apply()
+    model, peer = settings.model(name), PEERS[name]
+    read(peer, model, settings.token_ids(1, min(WARM_UP_LENGTH, length)))
+    ids, caches = settings.token_ids(1, length), []
+    seconds = timed(lambda: caches.append(read(peer, model, ids)[1]), settings.device)
+    return {
+        "seconds": seconds,
+        "peak_bytes": machine.peak_memory(settings.device),
+        "state_bytes": cache_nbytes(caches[0]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Benchmark:
+    """Measures within a time limit; what it cannot reach is named in `skipped`."""
+
+    def __init__(
+        self, settings: Settings, minutes: float, point_seconds: float = 150.0, say: Callable[[str], None] = print
+    ):
+        """
+        Args:
+            minutes: no measurement is begun that would probably end later than this.
+            point_seconds: of the rounds of one measurement, and of one model in one round.
+            say: told of every measurement when it is done.
+        """
+        settings.apply()
+        self.settings, self.point_seconds, self.say = settings, point_seconds, say
+        self.began, self.deadline = time.perf_counter(), time.perf_counter() + 60 * minutes
+        self.load = machine.OtherLoad()
+        self.measurements: list[dict] = []
+        self.skipped: list[dict] = []
+        self.models: dict[str, PreTrainedModel] = {}
+        self.shapes: dict[str, PreTrainedModel] = {}
+        self.parameters: dict[str, int] = {}
+        self.warm: set[tuple] = set()
+        dtype = getattr(torch, settings.dtype)
+        self.limits = {
+            "gemm_flops": machine.gemm_rate(settings.device, dtype),
+            "bandwidth_bytes": machine.memory_bandwidth(settings.device),
+        }
+
+    def minutes_left(self) -> float:
+        return (self.deadline - time.perf_counter()) / 60
+
+    def model(self, name: str) -> PreTrainedModel:
+        if name not in self.models:
+            self.models[name] = self.settings.model(name)
+            self.parameters[name] = self.models[name].num_parameters()
+        return self.models[name]
+
+    def results(self, command: str) -> dict:
+        """Everything measured, with all that is needed to measure it again."""
+        settings = {item.name: getattr(self.settings, item.name) for item in fields(self.settings)}
+        settings |= {"config": self.settings.config.to_dict(), "models": list(self.settings.models)}
+        return {
+            "command": command,
+            "machine": machine.describe_machine(self.settings.device),
+            "share_of_processors_used_by_others": self.load.share(),
+            "minutes": (time.perf_counter() - self.began) / 60,
+            "settings": settings,
+            "parameters": self.parameters,
+            "limits": self.limits,
+            "measurements": self.measurements,
+            "skipped": self.skipped,
+        }
+
+    # ------------------------------------------------------------------------------------------------------ bookkeeping
+
+    def _note(self, what: str, model: str, length: int, batch_size: int, rounds: list[float], **more) -> None:
+        seconds = middle(rounds)
+        entry = {"what": what, "model": model, "length": length, "batch_size": batch_size, "seconds": seconds}
+        self.measurements.append(entry | {"rounds": rounds} | more)
+        details = ", ".join(f"{key} {_shown(value)}" for key, value in more.items() if value is not None)
+        self.say(f"{what} {model} {length:,} x {batch_size}: {seconds:.4g} s ({len(rounds)} rounds) {details}")
+
+    def _expected(self, what: str, name: str, length: int, batch_size: int) -> float:
+        """Seconds that a measurement will probably take, from the nearest shorter one; 0 if there is none."""
+        known = [
+            entry
+            for entry in self.measurements
+            if (entry["what"], entry["model"]) == (what, name) and entry["length"] <= length
+        ]
+        if not known:
+            return 0.0
+        last = max(known, key=lambda entry: (entry["length"], entry["batch_size"]))
+        peer, model, config = PEERS[name], self._without_weights(name), self.settings.config
+        now, then = (forward_flops(peer, model, config, tokens, num_logits=0) for tokens in (length, last["length"]))
+        return last["seconds"] * now / then * batch_size / last["batch_size"]
+
+    def _without_weights(self, name: str) -> PreTrainedModel:
+        if name not in self.shapes:
+            with torch.device("meta"):
+                self.shapes[name] = PEERS[name].build(self.settings.config)
+        return self.shapes[name]
+
+    def _affordable(self, what: str, like: str, length: int, batch_size: int = 1, note: str = "") -> list[str]:
+        """Models for which there is time, judged by measurements `like` this one; the others are noted as skipped."""
+        names = []
+        left = self.deadline - time.perf_counter()
+        limit = left if what == "memory" else min(self.point_seconds, left)
+        for name in self.settings.models:
+            expected = self._expected(like, name, length, batch_size)
+            if expected > limit or left < 0:
+                reason = "the time limit was reached" if left < 0 else f"would take about {expected:.0f} s"
+                self._skip(what, name, length, batch_size, reason, note)
+            else:
+                names.append(name)
+        return names
+
+    def _skip(self, what: str, name: str, length: int, batch_size: int, reason: str, note: str = "") -> None:
+        skipped = {"what": what, "model": name, "length": length, "batch_size": batch_size, "reason": reason}
+        self.skipped.append(skipped | ({"note": note} if note else {}))
+        self.say(f"{what} {name} {length:,} x {batch_size} {note}: skipped, {reason}")
+
+    def _seconds_left(self) -> Callable[[], float]:
+        end = min(time.perf_counter() + self.point_seconds, self.deadline)
+        return lambda: end - time.perf_counter()
+
+    # ----------------------------------------------------------------------------------------------------------- timing
+
+    def training(self, length: int, batch_size: int = 1, loss_kind: str = "plain") -> None:
+        """Training steps of every model."""
+        settings = self.settings
+        ids, names = settings.token_ids(batch_size, length), self._affordable("train", "train", length, batch_size)
+        optimizers = {name: new_optimizer(self.model(name), settings.optimizer) for name in names}
+
+        def step_of(name: str, inputs: torch.Tensor) -> float:
+            return timed(lambda: training_step(self.model(name), inputs, loss_kind, optimizers[name]), settings.device)
+
+        for name in names:
+            self._warm_up(("train", name, length), partial(step_of, name, ids[:1, :WARM_UP_LENGTH]))
+        tasks = {name: partial(step_of, name, ids) for name in names}
+        for name, rounds in in_turns(tasks, settings.rounds, self._seconds_left()).items():
+            flops = 3 * batch_size * forward_flops(PEERS[name], self.model(name), settings.config, length, length)
+            self._note(
+                "train", name, length, batch_size, rounds, loss=loss_kind, gemm_share=self._gemm_share(flops, rounds)
+            )
+
+    def reading(
+        self, length: int, batch_size: int = 1, prefill_rounds: int | None = None, decodes: bool = True
+    ) -> None:
+        """Prefill (0 rounds: read once, not reported), and decoding after it, of every model."""
+        settings = self.settings
+        ids, names = settings.token_ids(batch_size, length), self._affordable("prefill", "prefill", length, batch_size)
+        after: dict[str, tuple[torch.Tensor, object]] = {}
+
+        def read_with(name: str) -> float:
+            def task() -> None:
+                after[name] = read(PEERS[name], self.model(name), ids)
+
+            # The cache of the round before goes first.
+            after.pop(name, None)
+            return timed(task, settings.device)
+
+        warm_up = ids[:1, :WARM_UP_LENGTH]
+        for name in names:
+            self._warm_up(("read", name), partial(read, PEERS[name], self.model(name), warm_up))
+        num_rounds = settings.rounds if prefill_rounds is None else prefill_rounds
+        read_rounds = in_turns(
+            {name: partial(read_with, name) for name in names}, max(num_rounds, 1), self._seconds_left()
+        )
+        for name in names if num_rounds else []:
+            rounds, model, peer = read_rounds[name], self.model(name), PEERS[name]
+            flops = batch_size * forward_flops(peer, model, settings.config, length, num_logits=1)
+            self._note(
+                "prefill", name, length, batch_size, rounds,
+                gemm_share=self._gemm_share(flops, rounds), state_bytes=cache_nbytes(after[name][1]),
+            )  # fmt: skip
+        if decodes:
+            self._decoding(length, batch_size, after)
+
+    def _decoding(self, length: int, batch_size: int, after: dict[str, tuple[torch.Tensor, object]]) -> None:
+        settings = self.settings
+        tokens: dict[str, list[float]] = {name: [] for name in after}
+
+        def decode_with(name: str, num_tokens: int) -> float:
+            token, cache = after[name]
+            seconds = decode(PEERS[name], self.model(name), token, cache, num_tokens, settings.device)
+            tokens[name] += seconds
+            return sum(seconds) / num_tokens
+
+        # The first token after a full window consolidates it: the warm-up takes that on itself, so that as many tokens as a
+        # segment is long hold one consolidation.
+        with torch.no_grad():
+            for name in after:
+                decode_with(name, WARM_UP_TOKENS)
+                tokens[name].clear()
+        per_round = max(settings.decode_tokens // settings.rounds, 1)
+        tasks = {name: partial(decode_with, name, per_round) for name in after}
+        for name, rounds in in_turns(tasks, settings.rounds, self._seconds_left()).items():
+            mean = sum(rounds) / len(rounds)
+            state_bytes = cache_nbytes(after[name][1])
+            nbytes = decoded_token_bytes(
+                PEERS[name], self.model(name), settings.config, length, batch_size, state_bytes
+            )
+            self._note(
+                "decode", name, length, batch_size, rounds,
+                mean_seconds=mean, median_token_seconds=middle(tokens[name]), longest_token_seconds=max(tokens[name]),
+                tokens=len(tokens[name]), bandwidth_share=nbytes / middle(tokens[name]) / self.limits["bandwidth_bytes"],
+                state_bytes=state_bytes,
+            )  # fmt: skip
+
+    def _warm_up(self, key: tuple, function: Callable[[], object]) -> None:
+        if key not in self.warm:
+            self.warm.add(key)
+            function()
+
+    def _gemm_share(self, flops: float, rounds: list[float]) -> float:
+        return flops / middle(rounds) / self.limits["gemm_flops"]
+
+    # ----------------------------------------------------------------------------------------------------------- memory
+
+    def training_memory(self, length: int, variants: Sequence[tuple[str, bool]]) -> None:
+        """
+        Peak memory of one training step of BWR-DNC and Llama, for `variants` of loss and of checkpointing.
+
+        The loss "own" is what each is trained with: BWR-DNC, by this package, with the chunked one, Llama with the plain one.
+        """
+        for kind, uses_checkpointing in variants:
+            label = f"{kind} loss, checkpointing {'on' if uses_checkpointing else 'off'}"
+            for name in self._affordable("memory", "train", length, note=label):
+                if name not in (OURS, FULL):
+                    continue
+                loss_kind = kind if kind != "own" else "chunked" if name == OURS else "plain"
+                self._in_child(memory_of_training, name, length, (loss_kind, uses_checkpointing), variant=label)
+
+    def reading_memory(self, length: int) -> None:
+        """Peak memory of reading a prompt, its time, and the bytes of state after it."""
+        for name in self._affordable("memory", "prefill", length, note="reading"):
+            self._in_child(memory_of_reading, name, length, (), variant="reading")
+
+    def _in_child(self, function: Callable, name: str, length: int, arguments: tuple, variant: str) -> None:
+        # What this process holds would be missing there.
+        self.models.clear()
+        try:
+            found = in_fresh_process(function, self.settings, name, length, *arguments)
+        except ValueError as error:
+            self._skip("memory", name, length, 1, str(error), note=variant)
+            return
+        rounds = [found.pop("seconds")]
+        self._note("memory", name, length, 1, rounds, variant=variant, **found)
+
+    # ------------------------------------------------------------------------------------------------------- cold start
+
+    def cold_start(self) -> None:
+        """Import, load and first token of BWR-DNC and Llama, each in a new process, on the CPU."""
+        names = [name for name in (OURS, FULL) if name in self.settings.models]
+        if time.perf_counter() > self.deadline:
+            for name in names:
+                self._skip("cold", name, COLD_START_TOKENS, 1, "the time limit was reached")
+            return
+        phases: dict[str, list[list[float]]] = {name: [] for name in names}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                self.settings.model(name).save_pretrained(Path(folder, name))
+
+            def start(name: str) -> float:
+                began = time.perf_counter()
+                phases[name].append(start_cold(name, Path(folder, name), self.settings.threads))
+                return time.perf_counter() - began
+
+            # The first round brings the files into the system's cache.
+            rounds = in_turns(
+                {name: partial(start, name) for name in names}, 1 + self.settings.rounds, self._seconds_left()
+            )
+        for name in names:
+            import_seconds, load_seconds, token_seconds = (middle(list(part)) for part in zip(*phases[name][1:]))
+            self._note(
+                "cold", name, COLD_START_TOKENS, 1, rounds[name][1:],
+                import_seconds=import_seconds, load_seconds=load_seconds, token_seconds=token_seconds,
+            )  # fmt: skip
+
+
+def start_cold(name: str, folder: Path, threads: int) -> list[float]:
+    """Seconds of import, load and first token of a saved model in a new process."""
+    model_class = json.loads((folder / "config.json").read_text())["architectures"][0]
+    program = COLD_START.format(
+        module=MODULES.get(name, "transformers"), model=model_class, num_tokens=COLD_START_TOKENS
+    )
+    command = [sys.executable, "-c", program, str(folder), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    if done.returncode != 0:
+        raise ValueError(f"{model_class} did not start: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
+def _shown(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

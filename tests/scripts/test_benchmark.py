@@ -1,0 +1,234 @@
+"""`scripts.benchmark` measures all it is asked for on a tiny model, and writes results that can be read and compared."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig
+
+from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM
+from modeling_bwr_dnc.evaluation.benchmark_report import markdown, slope, speed_ratio, summarize
+from modeling_bwr_dnc.evaluation.machine import in_fresh_process
+from modeling_bwr_dnc.evaluation.peers import PEERS, build_llama, cache_nbytes, forward_flops, prefix_lengths
+from scripts import benchmark, cuda_smoke
+
+PAIR = ("bwr-dnc", "llama")
+SHARES = {"train": "gemm_share", "prefill": "gemm_share", "decode": "bandwidth_share"}
+
+
+@pytest.fixture(autouse=True)
+def process_settings():
+    """A benchmark sets those of its process; give them back."""
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+    transformers.logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(scope="module")
+def small_config():
+    return BwrDncConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, segment_length=8, num_sink_tokens=2, memory_slots=[12, 7, 3],
+        layer_types=["sink_window_attention", "sink_window_attention", "state_bank_attention"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def preset(small_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preset")
+    small_config.save_pretrained(folder)
+    return folder
+
+
+def run_benchmark(call, output, *arguments):
+    code, text, errors = call(benchmark, *arguments, "--threads", 1, "--output", output)
+    assert code == 0, errors
+    return json.loads((output / "benchmark.json").read_text()), text
+
+
+def test_results_hold_every_measurement_with_its_conditions(call, preset, tmp_path):
+    results, text = run_benchmark(
+        call, tmp_path, "--what", *SHARES, "--preset", preset, "--lengths", 24, 96, "--rounds", 2, "--models", *PAIR
+    )
+    for key in ("command", "machine", "limits", "parameters", "settings", "minutes"):
+        assert results[key], key
+    for key in ("processor", "commit", "date", "torch", "threads"):
+        assert results["machine"][key], key
+    assert results["settings"]["config"]["memory_slots"] == [12, 7, 3]
+    assert not results["skipped"]
+    expected = {(what, model, length) for what in SHARES for model in PAIR for length in (24, 96)}
+    assert {(entry["what"], entry["model"], entry["length"]) for entry in results["measurements"]} == expected
+    for entry in results["measurements"]:
+        assert len(entry["rounds"]) == 2 and all(seconds > 0 for seconds in entry["rounds"])
+        assert 0 < entry[SHARES[entry["what"]]] < 1
+    ratios = {(row["what"], row["length"]) for row in results["ratios"]}
+    assert ratios == {(what, length) for what in SHARES for length in (24, 96)}
+    assert {row["what"] for row in results["slopes"]} == set(SHARES)
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+    report = (tmp_path / "benchmark.md").read_text()
+    assert report == text[: len(report)]
+    for heading in ("## Training", "## Prefill", "## Decode"):
+        assert heading in report
+
+
+def test_memory_and_start_are_measured_in_new_processes(call, preset, tmp_path):
+    results, _ = run_benchmark(
+        call,
+        tmp_path,
+        "--what",
+        "memory",
+        "cold",
+        "--preset",
+        preset,
+        "--lengths",
+        40,
+        "--rounds",
+        1,
+        "--models",
+        PAIR[0],
+    )
+    assert not results["skipped"]
+    memory = {entry["variant"]: entry for entry in results["measurements"] if entry["what"] == "memory"}
+    assert len(memory) == 4 and all(entry["peak_bytes"] > 50e6 for entry in memory.values())
+    assert memory["reading"]["state_bytes"] > 0
+    (cold,) = (entry for entry in results["measurements"] if entry["what"] == "cold")
+    assert cold["import_seconds"] + cold["load_seconds"] + cold["token_seconds"] < cold["seconds"]
+
+
+def test_peers_of_other_kinds_are_measured_too(call, preset, tmp_path):
+    results, _ = run_benchmark(
+        call,
+        tmp_path,
+        "--what",
+        "train",
+        "prefill",
+        "decode",
+        "--preset",
+        preset,
+        "--lengths",
+        40,
+        "--decode-tokens",
+        4,
+    )
+    assert {entry["model"] for entry in results["measurements"]} == set(PEERS)
+
+
+def test_what_there_is_no_time_for_is_named(call, preset, tmp_path):
+    results, text = run_benchmark(
+        call, tmp_path, "--what", "train", "cold", "--preset", preset, "--lengths", 16, "--minutes", 1e-9
+    )
+    assert not results["measurements"]
+    assert {(row["what"], row["model"]) for row in results["skipped"]} == {
+        *(("train", name) for name in PEERS), ("cold", "bwr-dnc"), ("cold", "llama"),
+    }  # fmt: skip
+    assert "the time limit was reached" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "bwr-dnc-3m"], "no preset is called 'bwr-dnc-3m'"),
+        (["--quick", "--lengths", "1"], "at least 2 tokens"),
+        (["--quick", "--rounds", "0"], "--rounds is 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(assert_refused, arguments, words):
+    assert_refused(words, benchmark, *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_without_a_device(assert_refused):
+    assert_refused("no CUDA device", benchmark, "--quick", "--device", "cuda")
+    assert_refused("no CUDA device", cuda_smoke)
+
+
+# What the shares and ratios are computed from
+
+
+@pytest.mark.parametrize("layer_type", ["sink_window_attention", "state_bank_attention"])
+def test_entries_counted_are_those_that_the_model_holds(small_config, layer_type):
+    model = BwrDncForCausalLM(small_config).eval()
+    layer, num_segments = small_config.layer_types.index(layer_type), 12
+    counted = prefix_lengths(small_config, layer_type, num_segments)
+    with torch.no_grad():
+        for segment in range(num_segments):
+            ids = torch.zeros(1, segment * small_config.segment_length + 1, dtype=torch.int64)
+            cache = model(ids, use_cache=True).past_key_values
+            assert counted[segment] == cache.layers[layer].state.num_prefix()
+    assert counted[-1] == 2 + (22 if layer_type == "state_bank_attention" else 0)
+
+
+def test_operations_counted_are_those_that_run():
+    """Against torch's own counter, on Llama, where nothing is left out but half of the causal attention that it counts."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = BwrDncConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    model, num_tokens = build_llama(config).eval(), 40
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, num_tokens, dtype=torch.int64), use_cache=False, logits_to_keep=1)
+    products = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    attention = 4 * 32 * 2 * num_tokens * (num_tokens + 1) / 2
+    assert forward_flops(PEERS["llama"], model, config, num_tokens, 1) == products + attention
+
+
+def test_all_models_have_about_the_same_number_of_parameters():
+    config = AutoConfig.from_pretrained(benchmark.preset_path("bwr-dnc-120m"))
+    with torch.device("meta"):
+        counts = {name: peer.build(config).num_parameters() for name, peer in PEERS.items()}
+    assert all(abs(count / counts["llama"] - 1) < 0.03 for count in counts.values()), counts
+
+
+def test_state_of_llama_is_its_keys_and_values():
+    config = BwrDncConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    cache = build_llama(config)(torch.zeros(3, 10, dtype=torch.int64), use_cache=True).past_key_values
+    assert cache_nbytes(cache) == 2 * 2 * 3 * 32 * 10 * 4
+
+
+def test_a_fresh_process_reports_its_own_failure():
+    assert in_fresh_process(math.hypot, 3.0, 4.0) == 5.0
+    with pytest.raises(ValueError, match="math domain error|expected a nonnegative input"):
+        in_fresh_process(math.sqrt, -1.0)
+
+
+def made_up(seconds):
+    """Results with the given seconds of a training step by model and length."""
+    entries = [
+        {"what": "train", "model": model, "length": length, "batch_size": 1, "seconds": value, "rounds": [value] * 3,
+         "gemm_share": 0.5}
+        for (model, length), value in seconds.items()
+    ]  # fmt: skip
+    machine = {
+        "commit": "0",
+        "date": "2026-01-01 00:00 UTC",
+        "processor": "x",
+        "cores": 2,
+        "memory_gib": 8,
+        "device": "CPU",
+    }
+    return {
+        "command": "python", "machine": machine | {"threads": 2, "python": "3", "torch": "2", "transformers": "5"},
+        "settings": {"models": ["bwr-dnc", "llama"], "dtype": "float32"}, "parameters": {},
+        "limits": {"gemm_flops": 1e11, "bandwidth_bytes": 1e10}, "share_of_processors_used_by_others": 0.5,
+        "measurements": entries, "skipped": [],
+    }  # fmt: skip
+
+
+def test_ratios_slopes_and_verdicts_follow_from_the_measurements():
+    seconds = {("bwr-dnc", 2048): 2.0, ("llama", 2048): 1.0, ("bwr-dnc", 8192): 8.0, ("llama", 8192): 16.0}
+    results = summarize(made_up(seconds))
+    assert speed_ratio(results, "train", 8192) == 2.0
+    assert slope(results, "train", "bwr-dnc") == pytest.approx(1)
+    assert slope(results, "train", "llama") == pytest.approx(2)
+    verdicts = {row["figure"]: row["verdict"] for row in results["targets"]}
+    assert verdicts["training tokens/s at 8,192"] == "holds"
+    assert verdicts["training tokens/s at 2,048"] == "missed"
+    assert verdicts["training tokens/s at 512"] == "not measured"
+    assert "other processes took 50%" in markdown(results)
