@@ -18,8 +18,8 @@ if not __package__:
     # Started as a file: the repository, not its scripts, is where imports begin.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from scripts import train
-from scripts.command_line import run
+from scripts import train  # noqa: E402
+from scripts.command_line import run  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,9 +18,9 @@ if not __package__:
     # Started as a file: the repository, not its scripts, is where imports begin.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from modeling_bwr_dnc.training.recipe import read_recipe
-from modeling_bwr_dnc.training.run import run_recipe
-from scripts.command_line import run
+from modeling_bwr_dnc.training.recipe import read_recipe  # noqa: E402
+from modeling_bwr_dnc.training.run import run_recipe  # noqa: E402
+from scripts.command_line import run  # noqa: E402
 
 
 def build_parser(name: str = "scripts.train", description: str | None = __doc__) -> argparse.ArgumentParser:

@@ -1,0 +1,504 @@
+"""
+How much memory a training step needs, before it is taken: simulated on tensors that have shapes but no data, and measured.
+
+The simulation runs the very code of a step (`read_in_spans`, autograd, checkpointing) and adds up what is alive after every
+operation. Optimizer states, and what an update needs for a moment, are computed from the shapes of the parameters. What a
+running process holds beside tensors (Python, PyTorch and its libraries) is measured in the process that plans.
+"""
+
+import ctypes
+import json
+import math
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoConfig
+
+from ..configuration_bwr_dnc import BwrDncConfig
+from ..modeling_bwr_dnc import BwrDncForCausalLM
+from ..presets import list_presets, preset_path
+from .memory_metrics import is_memory_parameter
+from .spans import read_in_spans
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "bank", "libraries")
+PRECISIONS = ("float32", "bf16-autocast", "bfloat16")
+# Bytes of optimizer state per element, in 32 bits, and whether matrices are kept in 8 bits (with a scale per 256 elements).
+OPTIMIZERS = {
+    "adamw_torch": (8, False),
+    "adamw_bnb_8bit": (8, True),
+    "paged_adamw_8bit": (8, True),
+    "paged_adamw_32bit": (8, False),
+    "lion_32bit": (4, False),
+    "lion_8bit": (4, True),
+    "rmsprop_bnb_8bit": (4, True),
+    "sgd": (0, False),
+}
+SMALLEST_8BIT = 4096  # elements; below, bitsandbytes keeps 32 bits
+# Linear maps of a decoder layer, which are what quantisation reaches.
+QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
+
+
+@dataclass(frozen=True)
+class TrainingSetting:
+    """
+    What the memory of a training step depends on.
+
+    `model` is a preset or a folder; lengths are in tokens; `span_length` None reads a sequence at once.
+    """
+
+    model: str = "bwr-dnc-500m"
+    model_settings: dict = field(default_factory=dict)
+    method: str = "full"
+    quantization: str = "nf4"
+    adapter: dict = field(default_factory=dict)
+    optimizer: str = "adamw_torch"
+    precision: str = "float32"
+    sequence_length: int = 2048
+    span_length: int | None = None
+    gradient_spans: int = 1
+    batch_size: int = 1
+    gradient_checkpointing: bool = True
+    optimizer_in_backward: bool = False
+    loss_chunk_length: int = 256
+
+    def __post_init__(self):
+        for name, known in (
+            ("method", ("full", "memory", "lora", "qlora")),
+            ("optimizer", tuple(OPTIMIZERS)),
+            ("precision", PRECISIONS),
+            ("quantization", tuple(QUANTIZED_BYTES)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
+        for name in ("sequence_length", "batch_size", "loss_chunk_length", "span_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1")
+        if self.optimizer_in_backward and self.span_length and self.gradient_spans:
+            raise ValueError(
+                "`optimizer_in_backward` needs one backward pass per step; set gradient_spans to 0, or no spans"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted bytes at the moment of the peak, by `PARTS`."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+# ------------------------------------------------------------------------------------------------------------ simulation
+
+
+class LiveStorage(TorchDispatchMode):
+    """Adds up the storages that are alive, each in the part it was put into; remembers them at the peak of every phase."""
+
+    def __init__(self):
+        super().__init__()
+        self.part_of: dict[int, tuple[str, int]] = {}  # by the id of a live storage: its part and bytes
+        self.live = dict.fromkeys(PARTS, 0)
+        self.phase: tuple = ("begin",)
+        self.peaks: dict[tuple, dict[str, int]] = {}  # by phase
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, torch.Tensor):
+                self.put(leaf)
+        self.note_peak()
+        return result
+
+    def put(self, tensor: torch.Tensor, part: str | None = None) -> None:
+        """Count the storage of a tensor, as activations unless told otherwise; a known one moves to `part`."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self.part_of:
+            self.part_of[key] = ("activations", storage.nbytes())
+            self.live["activations"] += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+        if part is not None:
+            before, size = self.part_of[key]
+            self.live[before] -= size
+            self.live[part] += size
+            self.part_of[key] = (part, size)
+
+    def _forget(self, key: int) -> None:
+        part, size = self.part_of.pop(key)
+        self.live[part] -= size
+
+    def note_peak(self, extra: int = 0) -> None:
+        """Remember the present if it is the most of its phase; `extra` bytes of the optimizer exist just for now."""
+        if sum(self.live.values()) + extra > sum(self.peaks.get(self.phase, {}).values()):
+            self.peaks[self.phase] = self.live | {"optimizer": self.live["optimizer"] + extra}
+
+
+def plan_memory(setting: TrainingSetting, libraries: int | None = None) -> MemoryPlan:
+    """
+    Predicted peak of a training step in the long run, when the optimizer has its states.
+
+    Args:
+        libraries: bytes of a process beside tensors; by default what this process holds.
+
+    Raises:
+        ValueError: for a model or setting that cannot be.
+    """
+    libraries = process_baseline() if libraries is None else libraries
+    kinds = list(model_config(setting).layer_types)
+    period = next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
+    rest, count = len(kinds) % period, len(kinds) // period
+    if count <= 3:
+        peaks = list(_simulate(setting).values())
+    else:
+        # With every further repetition of its layers a model needs the same again, in each phase of a step.
+        one, two = (
+            _simulate(_with_layers(setting, kinds[: repeats * period + rest]), period, period + rest)
+            for repeats in (1, 2)
+        )
+        peaks = [
+            {part: one[phase][part] + (count - 1) * (two[phase][part] - one[phase][part]) for part in PARTS}
+            for phase in one.keys() & two.keys()
+        ]
+    return MemoryPlan(max(peaks, key=lambda parts: sum(parts.values())) | {"libraries": libraries})
+
+
+def largest_length(
+    setting: TrainingSetting, size: int, libraries: int | None = None, longest: int = 1 << 17
+) -> tuple[int, MemoryPlan] | None:
+    """
+    The longest sequence, a multiple of 256 tokens of at most `longest`, whose step needs at most `size` bytes.
+
+    Returns it with its plan, or None if not even 256 tokens fit.
+    """
+    libraries = process_baseline() if libraries is None else libraries
+    step, best = 256, None
+    low, high = 0, 1
+    while high * step <= longest:
+        planned = plan_memory(replace(setting, sequence_length=high * step), libraries)
+        if planned.total > size:
+            break
+        low, best, high = high, (high * step, planned), high * 2
+        if (
+            setting.span_length is not None
+            and _shortened(replace(setting, sequence_length=longest)).sequence_length <= low * step
+        ):
+            # From here on memory does not grow.
+            return longest, planned
+    while high - low > 1 and high * step <= 2 * longest:
+        middle = (low + high) // 2
+        planned = plan_memory(replace(setting, sequence_length=middle * step), libraries)
+        if planned.total > size:
+            high = middle
+        else:
+            low, best = middle, (middle * step, planned)
+    return best
+
+
+def _with_layers(setting: TrainingSetting, kinds: list[str]) -> TrainingSetting:
+    settings = setting.model_settings | {"num_hidden_layers": len(kinds), "layer_types": kinds}
+    return replace(setting, model_settings=settings)
+
+
+def _simulate(setting: TrainingSetting, num_bottom: int = 0, num_top: int = 0) -> dict[tuple, dict[str, int]]:
+    """
+    Bytes by part at the peak of every phase of a step.
+
+    Phases are the forward passes, the backward pass of the head, the update, and the backward pass of each of the lowest
+    `num_bottom` and the highest `num_top` layers (all layers together if both are 0).
+    """
+    setting = _shortened(setting)
+    with torch.device("meta"):
+        model = build_model(setting)
+    num_layers = model.config.num_hidden_layers
+    with _fake_cpu(model):
+        tracker = LiveStorage()
+        quantized = _quantized_bytes(model, setting)
+        for name, parameter in model.named_parameters():
+            if name not in quantized:
+                tracker.put(parameter, "weights")
+        for buffer in model.buffers():
+            tracker.put(buffer, "weights")
+        tracker.live["weights"] += sum(quantized.values())
+        largest_update = 0
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                state, moment = optimizer_bytes(name, parameter, setting.optimizer)
+                tracker.live["optimizer"] += state
+                largest_update = max(largest_update, moment)
+                phase = ("backward", _layer_of(name)) if num_bottom + num_top else ("backward", None)
+                parameter.register_post_accumulate_grad_hook(_gradient_hook(tracker, setting, moment, phase))
+        with tracker:
+            _take_step(model, setting, tracker)
+        tracker.phase = ("update",)
+        tracker.note_peak(largest_update)
+    if not num_bottom + num_top:
+        return tracker.peaks
+    peaks = {}
+    for phase, parts in tracker.peaks.items():
+        layer = phase[1] if phase[0] == "backward" else None
+        if layer is None:
+            peaks[phase] = parts
+        else:
+            if layer < num_bottom:
+                peaks["bottom", layer] = parts
+            if layer >= num_layers - num_top:
+                peaks["top", num_layers - layer] = parts
+    return peaks
+
+
+def _shortened(setting: TrainingSetting) -> TrainingSetting:
+    """The same with no more detached spans than it takes until the memory is full, and the gradient twice over."""
+    if setting.span_length is None or setting.gradient_spans == 0:
+        return setting
+    config = model_config(setting)
+    slots = config.memory_slots
+    full = config.num_sink_tokens + slots[0] + 2 * slots[1] + 4 * slots[2] + 3 * config.segment_length
+    num_spans = -(-full // setting.span_length) + 2 * setting.gradient_spans
+    return replace(setting, sequence_length=min(setting.sequence_length, num_spans * setting.span_length))
+
+
+def _layer_of(name: str) -> int | None:
+    """Index of the decoder layer that a parameter belongs to."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found.group(1)) if found else None
+
+
+@contextmanager
+def _fake_cpu(model: nn.Module) -> Iterator[None]:
+    """Fake tensors on the CPU, also for the weights of a model on the meta device; tied ones stay tied."""
+    replaced: dict[int, torch.Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in replaced:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        if isinstance(tensor, nn.Parameter):
+                            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                        replaced[id(tensor)] = fake
+                    tensors[name] = replaced[id(tensor)]
+        yield
+
+
+def _gradient_hook(tracker: LiveStorage, setting: TrainingSetting, moment: int, phase: tuple):
+    """What follows the gradient of a parameter; `moment` is what its update needs for a moment."""
+
+    def note(parameter: torch.Tensor) -> None:
+        tracker.phase = phase
+        tracker.put(parameter.grad, "gradients")
+        if setting.optimizer_in_backward:
+            tracker.note_peak(moment)
+            parameter.grad = None
+
+    return note
+
+
+def _put_bank(tracker: LiveStorage, cache) -> None:
+    for state in cache.states:
+        for tensor in state.tensors().values():
+            tracker.put(tensor, "bank")
+
+
+def optimizer_bytes(name: str, parameter: torch.Tensor, optimizer: str) -> tuple[int, int]:
+    """Bytes of the states of a parameter, and of what its update needs for a moment."""
+    per_element, is_8bit = OPTIMIZERS[optimizer]
+    count = parameter.numel()
+    precise = count * 4
+    if is_8bit and count >= SMALLEST_8BIT and not is_memory_parameter(name) and "embed_tokens" not in name:
+        # One byte instead of four, and a 32-bit scale per block of 256. The update works on 32-bit copies.
+        return math.ceil(count * per_element / 4 * (1 + 4 / 256)), 3 * precise
+    return count * per_element, (2 if optimizer == "adamw_torch" else 3) * precise if per_element else 0
+
+
+def _quantized_bytes(model: nn.Module, setting: TrainingSetting) -> dict[str, int]:
+    """Bytes of the frozen weights that quantisation would shrink, by name."""
+    if setting.method != "qlora":
+        return {}
+    return {
+        name: math.ceil(parameter.numel() * QUANTIZED_BYTES[setting.quantization])
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and parameter.dim() == 2 and "_proj" in name and not is_memory_parameter(name)
+    }
+
+
+# --------------------------------------------------------------------------------------------------- the step, both ways
+
+
+def model_config(setting: TrainingSetting) -> BwrDncConfig:
+    """Raises `ValueError` if there is no such model."""
+    name = str(preset_path(setting.model)) if setting.model in list_presets() else setting.model
+    if not (Path(name) / "config.json").is_file():
+        raise ValueError(f"there is no preset or model folder {name!r}; presets are {', '.join(list_presets())}")
+    return AutoConfig.from_pretrained(name, **setting.model_settings)
+
+
+def build_model(setting: TrainingSetting) -> nn.Module:
+    """The model of a setting, with random weights, prepared for its method (the base is not quantised)."""
+    from .run import add_adapter
+
+    model = BwrDncForCausalLM._from_config(model_config(setting), dtype=setting.dtype).train()
+    if setting.method in ("lora", "qlora"):
+        model = add_adapter(model, dict(setting.adapter))
+    elif setting.method == "memory":
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad = is_memory_parameter(parameter_name)
+    if setting.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _take_step(model: nn.Module, setting: TrainingSetting, tracker: LiveStorage) -> None:
+    """Forward and backward passes of one step, as `BwrDncTrainer` takes them."""
+    shape = (setting.batch_size, setting.sequence_length)
+    inputs = {"input_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.zeros(shape, dtype=torch.int64)}
+    autocast = torch.autocast("cpu", torch.bfloat16) if setting.precision == "bf16-autocast" else nullcontext()
+    num_spans = -(-setting.sequence_length // (setting.span_length or setting.sequence_length))
+    per_gradient = setting.gradient_spans or num_spans
+    spans = read_in_spans(model, inputs, setting.span_length, setting.loss_chunk_length, keeps_state=False)
+    losses = []
+    for index in range(num_spans):
+        tracker.phase = ("forward", index)
+        with autocast:
+            loss, cache = next(spans)
+        losses.append(loss)
+        del loss
+        if (index + 1) % per_gradient == 0 or index + 1 == num_spans:
+            total = torch.stack(losses).sum()
+            losses = []
+            tracker.phase = ("head", index)
+            total.backward()
+            del total
+            if cache is not None:
+                _put_bank(tracker, cache.detach())
+        del cache
+
+
+# ----------------------------------------------------------------------------------------------------------- measurement
+
+
+def process_memory() -> tuple[int, int]:
+    """Bytes of memory that this process has now, and the most it ever had (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    return int(sizes["VmRSS"]) * 1024, int(sizes["VmHWM"]) * 1024
+
+
+def process_baseline() -> int:
+    """Bytes that a training process holds beside its tensors: this one's, once it has loaded what training loads."""
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+
+    from . import run, trainer  # noqa: F401
+
+    return process_memory()[0]
+
+
+def return_freed_memory() -> None:
+    """
+    Let the C library give every freed tensor of a megabyte or more back to the system at once (glibc).
+
+    By default it keeps freed blocks of up to 32 MB, scattered between those in use, which adds up to a large part of the peak.
+    """
+    threshold = -3  # M_MMAP_THRESHOLD
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").mallopt(threshold, 1 << 20)
+        except OSError:
+            # Another C library, which decides for itself.
+            return
+
+
+def measure_memory(setting: TrainingSetting, num_steps: int = 2, timeout: float | None = None) -> dict[str, float]:
+    """
+    Take real steps with `BwrDncTrainer` in a process of its own.
+
+    Returns `peak` (bytes of resident memory), `seconds` per step after the first, and `loss` of the last step.
+
+    Raises:
+        RuntimeError: if that process fails, such as for want of memory.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(asdict(setting)), str(num_steps)]
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=root)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"the measured process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
+        )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _measure_here(setting: TrainingSetting, num_steps: int) -> dict[str, float]:
+    import tempfile
+    import time
+
+    from datasets import Dataset
+
+    from .arguments import BwrDncTrainingArguments
+    from .data import RowCollator
+    from .run import add_adapter, quantization_config
+    from .trainer import BwrDncTrainer
+
+    return_freed_memory()
+    torch.set_flush_denormal(True)
+    with tempfile.TemporaryDirectory() as folder:
+        if setting.method == "qlora":
+            build_model(replace(setting, method="full")).save_pretrained(folder)
+            # Its weights are read back quantised, in a process that never held them whole.
+            quantization = quantization_config(setting.quantization, setting.dtype)
+            model = BwrDncForCausalLM.from_pretrained(folder, dtype=setting.dtype, quantization_config=quantization)
+            model = add_adapter(model, dict(setting.adapter))
+        else:
+            model = build_model(setting)
+        ids = torch.randint(0, model.config.vocab_size, (setting.batch_size * num_steps, setting.sequence_length))
+        rows = Dataset.from_dict({name: ids.tolist() for name in ("input_ids", "labels")}).add_column(
+            "position_ids", [list(range(setting.sequence_length))] * len(ids)
+        )
+        arguments = BwrDncTrainingArguments(
+            output_dir=folder,
+            max_steps=num_steps,
+            per_device_train_batch_size=setting.batch_size,
+            optim=setting.optimizer,
+            bf16=setting.precision == "bf16-autocast",
+            span_length=setting.span_length,
+            gradient_spans=setting.gradient_spans,
+            gradient_checkpointing=setting.gradient_checkpointing,
+            optimizer_in_backward=setting.optimizer_in_backward,
+            max_grad_norm=0.0 if setting.optimizer_in_backward else 1.0,
+            loss_chunk_length=setting.loss_chunk_length,
+            learning_rate=1e-5,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        trainer = BwrDncTrainer(model=model, args=arguments, train_dataset=rows, data_collator=RowCollator())
+        start = time.perf_counter()
+        trainer.train()
+        seconds = (time.perf_counter() - start) / num_steps
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"peak": process_memory()[1], "seconds": seconds, "loss": losses[-1]}
+
+
+if __name__ == "__main__":
+    described = json.loads(sys.argv[1])
+    print(json.dumps(_measure_here(TrainingSetting(**described), int(sys.argv[2]))))
