@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
-from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_import_files
 
 import modeling_bwr_dnc
 from modeling_bwr_dnc import (
@@ -226,3 +226,21 @@ def test_lora_needs_no_target_names_and_leaves_the_memory_alone(model):
     with torch.no_grad():
         logits = adapted(ids).logits
         torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_copies_of_the_code_in_one_process_read_each_others_memories(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
+    models = [model]
+    for name in ("one", "other"):
+        model.save_pretrained(tmp_path / name)
+        copied = get_class_from_dynamic_module("modeling_bwr_dnc.BwrDncForCausalLM", str(tmp_path / name))
+        models.append(copied.from_pretrained(tmp_path / name).eval())
+    assert len({type(one).__module__ for one in models}) > 1
+    ids, more = torch.randint(0, 50, (1, 40)), torch.randint(0, 50, (1, 9))
+    with torch.no_grad():
+        expected = model(torch.cat((ids, more), dim=1)).logits[:, -9:]
+        for first in models:
+            for second in models:
+                cache = first(ids, past_key_values=DynamicCache(config=second.config)).past_key_values
+                torch.testing.assert_close(second(more, past_key_values=cache).logits, expected, atol=1e-4, rtol=1e-4)
