@@ -230,7 +230,7 @@ def _conditions(results: dict) -> str:
     if others is not None and others > 0.05:
         lines.append(
             f"**The machine was shared: other processes took {others:.0%} of its processor time.** Ratios come from alternating "
-            "runs and stay meaningful; absolute numbers do not."
+            "runs and suffer less than absolute numbers, which mean little; measure again on a quiet machine."
         )
     return "\n\n".join(lines)
 
@@ -250,13 +250,14 @@ def _speed_section(results: dict, what: str, title: str) -> list[str]:
                 row.append("")
                 continue
             ratio = speed_ratio(results, what, length, batch_size, name)
-            times = "" if ratio is None or name == FULL else f" ({ratio:.2f}x)"
+            once = " once" if len(entry["rounds"]) == 1 else ""
+            times = "" if ratio is None or name == FULL else f" ({ratio:.2f}x{once})"
             row.append(f"{tokens_per_second(entry):,.1f}{times}, {entry[share]:.0%}")
         rows.append(row)
     limit = "memory bandwidth" if what == "decode" else "rate of matrix products"
     step = {"train": "a step", "prefill": "a prompt", "decode": "decoding after a prompt"}[what]
     note = (
-        f"Tokens per second of {step} of length x batch, times that of Llama in brackets (median of the rounds), share of the "
+        f"Tokens per second of {step} of length x batch, times that of Llama in brackets (median of the rounds; "once": there was time for one only), share of the "
         f"machine's measured {limit}."
     )
     if what == "decode":
