@@ -39,6 +39,9 @@ class BwrDncHarness(TemplateLM):
         max_batch_size: int | None = None,
     ):
         super().__init__()
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            # The harness asks for a GPU unless told otherwise.
+            device = "cpu"
         model = BwrDncForCausalLM.from_pretrained(pretrained, dtype=getattr(torch, dtype))
         self.model = model.to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained)

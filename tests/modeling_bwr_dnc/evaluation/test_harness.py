@@ -88,6 +88,7 @@ def test_the_harness_runs_a_local_task(folder, tmp_path):
     results = lm_eval.simple_evaluate(
         model="bwr_dnc",
         model_args={"pretrained": str(folder), "block_length": 16},
+        device="cuda:0",
         tasks=["local_rows"],
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=0,
