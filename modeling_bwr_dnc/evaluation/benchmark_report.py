@@ -257,7 +257,7 @@ def _speed_section(results: dict, what: str, title: str) -> list[str]:
     limit = "memory bandwidth" if what == "decode" else "rate of matrix products"
     step = {"train": "a step", "prefill": "a prompt", "decode": "decoding after a prompt"}[what]
     note = (
-        f"Tokens per second of {step} of length x batch, times that of Llama in brackets (median of the rounds; "once": there was time for one only), share of the "
+        f"Tokens per second of {step} of length x batch, times that of Llama in brackets (median of the rounds, or once), share of the "
         f"machine's measured {limit}."
     )
     if what == "decode":
