@@ -111,7 +111,7 @@ class BwrDncConfig(PreTrainedConfig):
     num_sink_tokens: int = 4
     memory_slots: list[int] | tuple[int, ...] | None = None
     memory_position: str = "rank"
-    routing_thresholds: list[float] | tuple[float, ...] = (0.5, 0.8)
+    routing_thresholds: list[float | int] | tuple[float | int, ...] = (0.5, 0.8)
     usage_weight: int | float = 1.0
     retention_score: str = "salience"
     short_conv_kernel: int = 0

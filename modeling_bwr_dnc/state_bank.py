@@ -773,7 +773,7 @@ class StateBankCache(Cache):
         Write the memory to a folder: `state_bank.json`, and the tensors in a safetensors file that it names.
 
         Either the new state is complete or the old one stays: files are written under temporary names, synced, renamed, and
-        the JSON, which holds the sha256 of the tensors, comes last.
+        the JSON, which holds the sha256 of the tensors and its own, comes last.
         """
         if not self.states:
             raise ValueError("`save_pretrained` got an empty cache; read at least one token first.")
@@ -799,6 +799,7 @@ class StateBankCache(Cache):
             "settings": [asdict(state.settings) for state in self.states],
             "rows": [[asdict(row) for row in state.rows] for state in self.states],
         }
+        description["description_sha256"] = _digest_of(description)
         _write_atomically(folder / description["tensors"], blob)
         _write_atomically(folder / STATE_FILE, json.dumps(description, indent=1).encode())
         for old in folder.glob("state_bank-*.safetensors"):
@@ -841,7 +842,13 @@ class StateBankCache(Cache):
             raise ValueError(
                 f"{source!r} has no {STATE_FILE}; name a folder written by `StateBankCache.save_pretrained`."
             )
-        path = cached_file(source, STATE_FILE, **kwargs)
+        try:
+            path = cached_file(source, STATE_FILE, **kwargs)
+        except OSError as error:
+            raise ValueError(
+                f"{source!r} is neither a folder nor a repository that can be reached ({error}); name a folder written by "
+                "`StateBankCache.save_pretrained`, or a repository written by `push_to_hub`."
+            ) from error
         try:
             description = json.loads(Path(path).read_bytes())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -855,6 +862,8 @@ class StateBankCache(Cache):
                 f"{path} has format version {description.get('version')!r}, but this code reads {FORMAT_VERSION}; "
                 "use the version of the code that wrote it."
             )
+        if description.get("description_sha256") != _digest_of(description):
+            raise ValueError(f"{path} is altered: it does not have the sha256 that it states; restore it from a copy.")
         try:
             tensors_path = cached_file(source, description["tensors"], **kwargs)
             blob = Path(tensors_path).read_bytes()
@@ -1000,6 +1009,12 @@ def _state_from_files(description: dict, tensors: dict[str, torch.Tensor], index
     named = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     entries = Entries(**{item.name: named.pop(f"entries.{item.name}") for item in fields(Entries)})
     return BankState(settings=BankSettings(**settings), rows=rows, entries=entries, **named)
+
+
+def _digest_of(description: dict) -> str:
+    """sha256 of a description, its own digest aside."""
+    rest = {name: value for name, value in description.items() if name != "description_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_atomically(path: Path, blob: bytes) -> None:

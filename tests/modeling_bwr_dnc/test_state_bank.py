@@ -68,8 +68,22 @@ def test_damaged_tensors_are_refused(saved, damage):
 def test_a_damaged_or_foreign_description_is_refused(saved, content):
     _, _, folder = saved
     (folder / STATE_FILE).write_bytes(content)
-    with pytest.raises(ValueError, match="JSON|does not describe|damaged"):
+    with pytest.raises(ValueError, match="JSON|does not describe|damaged|altered"):
         StateBankCache.from_pretrained(folder)
+
+
+def test_a_flipped_digit_of_the_description_is_noticed(saved):
+    _, _, folder = saved
+    text = (folder / STATE_FILE).read_text()
+    assert '"seen": 60' in text
+    (folder / STATE_FILE).write_text(text.replace('"seen": 60', '"seen": 61', 1))
+    with pytest.raises(ValueError, match="altered"):
+        StateBankCache.from_pretrained(folder)
+
+
+def test_a_path_that_does_not_exist_is_a_value_error(tmp_path):
+    with pytest.raises(ValueError, match="neither a folder nor a repository"):
+        StateBankCache.from_pretrained(tmp_path / "nowhere")
 
 
 def test_a_state_of_another_format_version_is_refused(saved):
