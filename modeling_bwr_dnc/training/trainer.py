@@ -1,5 +1,6 @@
 """The library's Trainer for a model that carries its memory through a sequence."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -171,7 +172,11 @@ def _keep_states_precise(optimizer: torch.optim.Optimizer, parameters: list[nn.P
     if type(optimizer).__module__.startswith("bitsandbytes"):
         from bitsandbytes.optim import GlobalOptimManager
 
-        GlobalOptimManager.get_instance().override_config(parameters, "optim_bits", 32)
+        manager = GlobalOptimManager.get_instance()
+        manager.override_config(parameters, "optim_bits", 32)
+        for parameter in parameters:
+            # It goes by `id`, which a later model in this process may get for something else.
+            weakref.finalize(parameter, manager.pid2config.pop, id(parameter), None)
 
 
 def update_in_backward(optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,131 @@
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from modeling_bwr_dnc import BwrDncForCausalLM
+from modeling_bwr_dnc.training import BwrDncTrainingArguments
+from tests.modeling_bwr_dnc.builders import tiny_config
+from tests.modeling_bwr_dnc.training.conftest import losses
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(train, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "retention_noise": True}
+    whole = train(**options)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    resumed = train(resume=True, **options)
+    assert losses(resumed) == losses(whole)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*map(dict.values, map(weights, (whole, resumed))), strict=True))
+
+
+def test_two_micro_batches_equal_one_batch(train):
+    model = BwrDncForCausalLM(tiny_config(vocab_size=256))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    whole = train(model=model, max_steps=2)
+    again = BwrDncForCausalLM(tiny_config(vocab_size=256))
+    again.load_state_dict(state)
+    split = train(model=again, max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_the_memory_has_a_learning_rate_of_its_own_and_no_decay(train):
+    trainer = train(max_steps=1, weight_decay=0.1, memory_learning_rate=0.02)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        mine = {".memory." in names[id(parameter)] for parameter in group["params"]}
+        if mine == {True}:
+            assert (group["lr"], group["weight_decay"]) == (0.02, 0.0)
+        else:
+            assert mine == {False} and group["lr"] == 3e-3
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(names)
+
+
+def test_the_log_shows_the_memory_and_its_gates_moving(train):
+    trainer = train(max_steps=2)
+    first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 0 < first["memory/evicted"] < 1 and first["memory/fill_0"] == 1.0
+    assert first["memory/salience_median"] == 0.0 and second["memory/salience_high"] != 0.0
+    for kind in ("salience", "routing", "compressor"):
+        assert second[f"memory/{kind}_moved"] > 0
+
+
+def test_updating_in_the_backward_pass_changes_nothing_but_the_memory_it_takes(train):
+    options = {"gradient_spans": 0, "max_grad_norm": 0.0}
+    usual, early = train(**options), train(optimizer_in_backward=True, **options)
+    assert losses(early) == losses(usual)
+    assert all(parameter.grad is None for parameter in early.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"optimizer_in_backward": True}, "max_grad_norm"),
+        ({"optimizer_in_backward": True, "max_grad_norm": 0.0, "span_length": 8}, "gradient_spans"),
+        ({"span_length": 0}, "span_length"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=words):
+        BwrDncTrainingArguments(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
+def test_low_memory_optimizers_step_save_and_resume(train, tmp_path, optim):
+    options = {"optim": optim, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "config": {"hidden_size": 64}}
+    whole = train(**options)
+    states = {name: whole.optimizer.state[parameter]["state1"] for name, parameter in whole.model.named_parameters()}
+    if "8bit" in optim:
+        assert states["model.layers.0.self_attn.q_proj.weight"].dtype == torch.uint8
+    assert all(state.dtype == torch.float32 for name, state in states.items() if ".memory." in name)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    assert losses(train(resume=True, **options)) == losses(whole)
+
+
+def test_evaluation_is_the_mean_over_label_tokens(train, rows):
+    trainer = train(max_steps=1)
+    found = trainer.evaluate()["eval_loss"]
+    batch = trainer.data_collator([rows[i] for i in range(4)])
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(**batch).loss.item()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_failed_save_leaves_the_last_checkpoint_intact(train, tmp_path, monkeypatch):
+    train(max_steps=1, save_strategy="steps", save_steps=1)
+    folder = tmp_path / "run"
+    before = {path.name: path.read_bytes() for path in (folder / "checkpoint-1").iterdir()}
+
+    def is_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", is_full)
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written .*No space left"):
+        train(resume=True, max_steps=2, save_strategy="steps", save_steps=1)
+    assert sorted(os.listdir(folder)) == ["checkpoint-1"]
+    assert {path.name: path.read_bytes() for path in (folder / "checkpoint-1").iterdir()} == before
+
+
+def test_the_best_checkpoint_is_named_by_its_final_place(train, tmp_path):
+    train(
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        save_total_limit=1,
+    )
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "run" / "checkpoint-2")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2"]
