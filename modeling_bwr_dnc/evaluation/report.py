@@ -24,7 +24,7 @@ def write_report(results: dict, folder: str | Path) -> list[Path]:
 
     Args:
         results: `title`, `facts` (a mapping of what a reader must know, such as the command), and `measurements`: a mapping of
-            names to records, lists of flat mappings with a `policy` each.
+            names to records, lists of flat mappings with a `policy` each, and perhaps `least` and `greatest` of several seeds.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +87,9 @@ def _draw_curves(axes, records: Sequence[dict], policies: Sequence[str]) -> None
         values = [record["loss"] if is_loss else record["exact"] for record in mine]
         style = {"linewidth": 2.6, "zorder": 3} if policy == "memory" else {"linewidth": 1.6}
         axes.plot(across, values, "o-", markersize=4, color=color_of(policy, policies), label=policy, **style)
+        if "least" in mine[0]:
+            ends = [[record[name] for record in mine] for name in ("least", "greatest")]
+            axes.fill_between(across, *ends, color=color_of(policy, policies), alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel(

@@ -174,6 +174,8 @@ def learn(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    # The Trainer switches it off for training.
+    model.config.use_cache = True
     return Learned(model.eval(), watch.elapsed(), watch.curve)
 
 

@@ -49,6 +49,7 @@ def test_trains_measures_and_leaves_models(call, tmp_path):
     ]
     assert len(results["by_seed"]) == 12 and len(results["trainings"]) == 4
     model = BwrDncForCausalLM.from_pretrained(output / "full-1")
+    assert model.config.use_cache
     assert model.config.hidden_size == 16 and model.config.memory_slots[0] > 100_000
     code, _, errors = call(
         evaluate,
