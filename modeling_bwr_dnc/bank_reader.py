@@ -616,7 +616,8 @@ class BankReader:
 
         part = tokens.slice(segment.start, segment.stop)
         inputs = (part.queries, part.complexity, pool.keys, pool.values, pool.bias)
-        if num_prefix == 0:
+        if row.num_slots == 0:
+            # Only slots make every segment's keys a copy of its own, worth computing twice.
             return read(*inputs)
         return checkpoint(read, *inputs, use_reentrant=False, preserve_rng_state=False)
 

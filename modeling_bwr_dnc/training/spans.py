@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..state_bank import StateBankCache
 from .token_loss import IGNORED, head_gives_losses
 
 PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
@@ -27,7 +28,7 @@ def read_in_spans(
     loss_chunk_length: int,
     keeps_state: bool = True,
     **options,
-) -> Iterator[tuple[torch.Tensor, object]]:
+) -> Iterator[tuple[torch.Tensor, StateBankCache | None]]:
     """
     Read `inputs` span by span; gives for each the sum of its token losses, and the cache after it.
 

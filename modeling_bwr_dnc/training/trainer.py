@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..state_bank import StateBankCache
 from .arguments import BwrDncTrainingArguments
 from .memory_metrics import GateMovement, bank_metrics, is_memory_parameter
 from .spans import read_in_spans, shift_labels
@@ -82,7 +83,7 @@ class BwrDncTrainer(Trainer):
 
     def _spans(
         self, model: nn.Module, inputs: dict, keeps_state: bool, **options
-    ) -> Iterator[tuple[torch.Tensor, object]]:
+    ) -> Iterator[tuple[torch.Tensor, StateBankCache | None]]:
         return read_in_spans(
             model, inputs, self.args.span_length, self.args.loss_chunk_length, keeps_state=keeps_state, **options
         )
