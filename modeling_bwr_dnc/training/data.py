@@ -215,6 +215,8 @@ def build_rows(
         if source.task is not None:
             if make_task is None:
                 raise ValueError(f"the task {source.task!r} cannot be generated here; name files as sources")
+            # Whatever is wrong with it is said here, and not from inside a data loader.
+            make_task(source)
             parts.append(IterableDataset.from_generator(_examples, gen_kwargs={"make": make_task, "source": source}))
             continue
         documents = load_documents(source, streaming)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_bwr_dnc import BwrDncConfig
@@ -61,6 +62,8 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
         raise ValueError(
             f"`method` is {recipe.method!r}, but training from scratch trains everything; use scripts.finetune"
         )
+    if recipe.model not in list_presets():
+        _require_folder_or_hub_name(recipe.model)
     arguments = training_arguments(recipe)
     checkpoint = find_checkpoint(Path(arguments.output_dir), resume)
     set_seed(arguments.seed)
@@ -111,9 +114,17 @@ def training_arguments(recipe: Recipe) -> BwrDncTrainingArguments:
         "disable_tqdm": False,
     }
     try:
-        return BwrDncTrainingArguments(**defaults | recipe.training)
+        arguments = BwrDncTrainingArguments(**defaults | recipe.training)
+        for report in get_reporting_integration_callbacks(arguments.report_to):
+            # Says what to install, if something is missing.
+            report()
     except (TypeError, ImportError, RuntimeError) as error:
         raise ValueError(f"`training` does not work: {error}") from error
+    if arguments.eval_strategy != "no" and not recipe.data.validation and recipe.data.validation_fraction is None:
+        raise ValueError(
+            "`training.eval_strategy` asks for evaluation; name `data.validation` or `data.validation_fraction`"
+        )
+    return arguments
 
 
 def find_checkpoint(output: Path, resume: bool) -> str | None:

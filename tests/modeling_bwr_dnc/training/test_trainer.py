@@ -21,7 +21,10 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(train, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     resumed = train(resume=True, **options)
     assert losses(resumed) == losses(whole)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*map(dict.values, map(weights, (whole, resumed))), strict=True))
+    assert all(
+        torch.equal(mine, theirs)
+        for mine, theirs in zip(*map(dict.values, map(weights, (whole, resumed))), strict=True)
+    )
 
 
 def test_two_micro_batches_equal_one_batch(train):
@@ -78,7 +81,13 @@ def test_what_cannot_work_is_refused(tmp_path, settings, words):
 
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
 def test_low_memory_optimizers_step_save_and_resume(train, tmp_path, optim):
-    options = {"optim": optim, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "config": {"hidden_size": 64}}
+    options = {
+        "optim": optim,
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "config": {"hidden_size": 64},
+    }
     whole = train(**options)
     states = {name: whole.optimizer.state[parameter]["state1"] for name, parameter in whole.model.named_parameters()}
     if "8bit" in optim:

@@ -1,0 +1,194 @@
+import json
+import os
+import pydoc_data.topics
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+
+from modeling_bwr_dnc import BwrDncForCausalLM
+from scripts import finetune, train
+from tests.modeling_bwr_dnc.builders import tiny_config
+from tests.scripts.conftest import REPOSITORY
+from tests.tiny_sources import byte_tokenizer
+
+TEXT = "\n\n".join(pydoc_data.topics.topics.values())
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT[:6000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path, book):
+    """A YAML file of a short run from scratch on real text."""
+    shape = tmp_path / "shape"
+    tiny_config(vocab_size=260, hidden_dropout=0.1).save_pretrained(shape)
+    byte_tokenizer().save_pretrained(shape)
+    description = {
+        "model": str(shape),
+        "data": {"sources": [str(book)], "sequence_length": 64, "validation_fraction": 0.1},
+        "training": {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 5e-3,
+            "span_length": 16,
+            "retention_noise": True,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "save_total_limit": 2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+    path = tmp_path / "training.yaml"
+    path.write_text(yaml.safe_dump(description))
+    return path
+
+
+def history(run):
+    last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    entries = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def test_training_from_scratch_writes_a_model_that_loads(call, recipe, tmp_path):
+    code, output, errors = call(train, "--config", recipe, "training.learning_rate=1e-2")
+    assert code == 0, errors
+    assert "held-out loss" in output and str(tmp_path / "run" / "model") in output
+    model = BwrDncForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.use_cache
+    found = history(tmp_path / "run")
+    assert len(found) == 4 and found[-1] < found[0]
+
+
+def test_a_stopped_run_goes_on_with_the_same_losses(call, recipe, tmp_path):
+    assert call(train, "--config", recipe)[0] == 0
+    whole = history(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    # What a kill in the middle of saving leaves behind.
+    left = tmp_path / "run" / ".incomplete" / "checkpoint-3"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    code, _, errors = call(train, "--config", recipe, "--resume")
+    assert code == 0, errors
+    assert history(tmp_path / "run") == whole
+    assert not left.exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(call, recipe, tmp_path):
+    options = ("training.max_steps=12", "training.save_steps=1", "training.save_total_limit=3")
+    command = [sys.executable, "-m", "scripts.train", "--config", str(recipe), *options]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = tmp_path / "run"
+    while not (run / "checkpoint-3").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = sorted(path.name for path in run.glob("checkpoint-*"))
+    assert kept and not (run / "model").exists()
+    for name in kept:
+        assert (run / name / "trainer_state.json").is_file() and (run / name / "optimizer.pt").is_file()
+    assert call(train, "--config", recipe, *options, "--resume")[0] == 0
+    resumed = history(run)
+    shutil.rmtree(run)
+    assert call(train, "--config", recipe, *options)[0] == 0
+    assert resumed == history(run)
+
+
+def test_lora_on_a_converted_model_lowers_its_held_out_loss(call, recipe, tiny_model, tmp_path):
+    settings = ("method=lora", "merge=true", f"model={tiny_model}", "training.max_steps=8", "data.sequence_length=96")
+    evaluation = ("training.eval_strategy=steps", "training.eval_steps=1", "training.save_steps=8")
+    code, output, errors = call(finetune, "--config", recipe, *settings, *evaluation, "training.learning_rate=1e-2")
+    assert code == 0, errors
+    entries = json.loads((tmp_path / "run" / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+    held_out = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    assert held_out[-1] < held_out[0]
+    merged = BwrDncForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    adapted = PeftModel.from_pretrained(
+        BwrDncForCausalLM.from_pretrained(tiny_model), str(tmp_path / "run" / "adapter")
+    )
+    ids = torch.arange(80)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_the_memory_alone_can_be_trained(call, recipe, tiny_model, tmp_path):
+    code, output, errors = call(
+        finetune, "--config", recipe, "method=memory", f"model={tiny_model}", "training.max_steps=2"
+    )
+    assert code == 0, errors
+    before = BwrDncForCausalLM.from_pretrained(tiny_model).state_dict()
+    after = BwrDncForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".memory." in name for name in changed)
+
+
+def test_tasks_are_data(call, recipe):
+    task = "data.sources=[{task: copy, options: {length: 32}}]"
+    code, _, errors = call(train, "--config", recipe, task, "data.validation_fraction=null", "training.max_steps=2")
+    assert code == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["dta.packing=true"], "did you mean 'data'?"),
+        (["data.sources=missing.txt"], "no file or folder missing.txt"),
+        (["data.sources=[]"], "`data.sources` is empty"),
+        (["data.sources=[{task: nonsense}]"], "no task 'nonsense'"),
+        (["method=lora"], "use scripts.finetune"),
+        (["model=nowhere"], "no preset or model folder nowhere"),
+        (["model_settings.memory_slot=[1,1,1]"], "memory_slot"),
+        (["model_settings.vocab_size=100"], "the tokenizer"),
+        (["training.span_length=-1"], "span_length"),
+        (["training.eval_strategy=steps", "data.validation_fraction=null"], "data.validation"),
+        (["training.report_to=nowhere"], "nowhere"),
+        (["nonsense"], "key=value"),
+        (["data.sequence_length=1"], "sequence_length"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_line(assert_refused, recipe, overrides, words):
+    assert_refused(words, train, "--config", recipe, *overrides)
+
+
+def test_an_earlier_run_is_not_overwritten_nor_mixed_up(call, assert_refused, recipe):
+    assert call(train, "--config", recipe, "training.max_steps=2")[0] == 0
+    assert_refused("go on with --resume", train, "--config", recipe)
+    other = "model_settings.memory_slots=[6,4,3]"
+    assert_refused("belongs to another model: memory_slots", train, "--config", recipe, other, "--resume")
+
+
+def test_a_model_of_another_kind_is_refused(assert_refused, recipe, tiny_source):
+    assert_refused("convert it first", finetune, "--config", recipe, f"model={tiny_source}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_from_two", [False, True])
+def test_two_processes_have_the_losses_of_one(recipe, call, tmp_path, checkpoint_from_two):
+    plain = ("model_settings.hidden_dropout=0.0", "training.retention_noise=false", "data.validation_fraction=null")
+    one = (*plain, "training.per_device_train_batch_size=4")
+    assert call(train, "--config", recipe, *one, f"training.output_dir={tmp_path / 'one'}")[0] == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "scripts/train.py"]
+    steps = ["training.max_steps=2"] if checkpoint_from_two else []
+    command = [*launch, "--config", str(recipe), *plain, *steps, f"training.output_dir={tmp_path / 'two'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if checkpoint_from_two:
+        resumed = (*one, "--resume", f"training.output_dir={tmp_path / 'two'}")
+        code, _, errors = call(train, "--config", recipe, *resumed)
+        assert code == 0, errors
+    assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), rel=1e-4)
