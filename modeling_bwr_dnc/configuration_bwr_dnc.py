@@ -1,6 +1,8 @@
 """Configuration of BWR-DNC models."""
 
 import sys
+from dataclasses import fields
+from difflib import get_close_matches
 
 from huggingface_hub.dataclasses import strict
 from transformers import configuration_utils
@@ -125,6 +127,12 @@ class BwrDncConfig(PreTrainedConfig):
         for historical, name in self.attribute_map.items():
             if historical in kwargs:
                 setattr(self, name, kwargs.pop(historical))
+        # The library keeps any key it does not know; a slip of the pen must not pass for one.
+        names = [item.name for item in fields(self)]
+        for key in kwargs:
+            meant = get_close_matches(key, names, n=1, cutoff=0.9)
+            if meant:
+                raise ValueError(f"`{key}` is no setting of a BWR-DNC model; `{meant[0]}` is. Correct the name.")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

@@ -29,7 +29,8 @@ def list_presets() -> list[str]:
 
 
 def _names(kind: str) -> list[str]:
-    return sorted(path.name for path in _folder(kind).iterdir() if path.is_dir())
+    found = ("config.json", "tokenizer.json")
+    return sorted(path.name for path in _folder(kind).iterdir() if any((path / name).is_file() for name in found))
 
 
 def _folder(kind: str) -> Path:

@@ -44,6 +44,8 @@ def model():
         ({"hidden_dropout": 1.0}, "hidden_dropout"),
         ({"layer_types": ["full_attention", "full_attention"]}, "layer_types"),
         ({"layer_types": ["state_bank_attention"]}, "layer_types"),
+        ({"segment_lenght": 8}, "segment_length"),
+        ({"memory_slot": [6, 4, 2]}, "memory_slots"),
     ],
 )
 def test_a_bad_setting_is_a_value_error_that_names_it(fields, named):
