@@ -113,6 +113,14 @@ def train_task(arguments: argparse.Namespace) -> None:
                 accuracy = task_accuracy(model, unseen, arguments.rows)
                 by_pairs.append({"policy": kind, "seed": seed, "length": unseen.length, "pairs": pairs, **accuracy})
                 print(f"  {pairs} pairs in {unseen.length:,} tokens: {accuracy['exact']:.3f}", flush=True)
+            # After every model, so that an interrupted run leaves what it has measured.
+            results = _results(arguments, task, by_length, by_pairs, trainings)
+            (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for path in write_report(results, output):
+        print(f"wrote {path}")
+
+
+def _results(arguments, task: Task, by_length: list[dict], by_pairs: list[dict], trainings: list[dict]) -> dict:
     measurements = {"accuracy_by_length": _mean_of_seeds(by_length)}
     if by_pairs:
         measurements["accuracy_by_pairs"] = _mean_of_seeds(by_pairs)
@@ -124,15 +132,13 @@ def train_task(arguments: argparse.Namespace) -> None:
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }
-    results = {
+    return {
         "title": f"{task.name}, learned from scratch on rows of at most {task.length} tokens",
         "facts": facts,
         "measurements": measurements,
         "by_seed": by_length + by_pairs,
         "trainings": trainings,
     }
-    for path in write_report(results, output):
-        print(f"wrote {path}")
 
 
 def _unseen(task: Task, **changes) -> Task:
