@@ -21,7 +21,6 @@ from modeling_bwr_dnc.training.memory_plan import (
     largest_length,
     measure_memory,
     plan_memory,
-    process_baseline,
 )
 from scripts.command_line import run
 
@@ -73,9 +72,8 @@ def plan(arguments: argparse.Namespace) -> None:
         optimizer_in_backward=arguments.optimizer_in_backward,
     )
     rows = [replace(setting, method=method) for method in arguments.methods]
-    libraries = process_baseline()
     if arguments.fit is not None:
-        _print_fits(rows, parse_size(arguments.fit), libraries)
+        _print_fits(rows, parse_size(arguments.fit))
         return
     header = ["method", "length", *PARTS, "total"] + (["measured", "off by"] if arguments.measure else [])
     print(
@@ -86,7 +84,7 @@ def plan(arguments: argparse.Namespace) -> None:
     for row in rows:
         for length in arguments.lengths:
             row = replace(row, sequence_length=length)
-            planned = plan_memory(row, libraries)
+            planned = plan_memory(row)
             cells = [row.method, f"{length:,}", *_gigabytes(planned)]
             if arguments.measure:
                 peak = measure_memory(row)["peak"]
@@ -94,12 +92,12 @@ def plan(arguments: argparse.Namespace) -> None:
             _print_row(cells)
 
 
-def _print_fits(rows: list[TrainingSetting], size: int, libraries: int) -> None:
+def _print_fits(rows: list[TrainingSetting], size: int) -> None:
     print(f"Longest sequence that fits in {size / 1e9:.2f} GB, in GB at the peak\n")
     _print_row(["method", "checkpointing", "length", *PARTS, "total"])
     _print_row(["---", "---", *["---:"] * (len(PARTS) + 2)])
     for row in rows:
-        found = largest_length(row, size, libraries)
+        found = largest_length(row, size)
         checkpointing = "yes" if row.gradient_checkpointing else "no"
         if found is None:
             _print_row([row.method, checkpointing, "none", *[""] * (len(PARTS) + 1)])

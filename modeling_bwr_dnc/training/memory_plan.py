@@ -10,6 +10,7 @@ import ctypes
 import functools
 import json
 import math
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -127,13 +128,18 @@ class LiveStorage(TorchDispatchMode):
         self.note_peak()
         return result
 
-    def put(self, tensor: torch.Tensor, part: str | None = None) -> None:
-        """Count the storage of a tensor, as activations unless told otherwise; a known one moves to `part`."""
+    def put(self, tensor: torch.Tensor, part: str | None = None, num_bytes: int | None = None) -> None:
+        """
+        Count the storage of a tensor, as activations unless told otherwise; a known one moves to `part`.
+
+        `num_bytes` is what it really takes, where that is not what its type says.
+        """
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self.part_of:
-            self.part_of[key] = ("activations", storage.nbytes())
-            self.live["activations"] += storage.nbytes()
+            size = storage.nbytes() if num_bytes is None else num_bytes
+            self.part_of[key] = ("activations", size)
+            self.live["activations"] += size
             weakref.finalize(storage, self._forget, key)
         if part is not None:
             before, size = self.part_of[key]
@@ -161,7 +167,7 @@ def plan_memory(setting: TrainingSetting, libraries: int | None = None) -> Memor
     Raises:
         ValueError: for a model or setting that cannot be.
     """
-    libraries = process_baseline() if libraries is None else libraries
+    libraries = baseline_of(setting) if libraries is None else libraries
     kinds = list(model_config(setting).layer_types)
     period = next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
     rest, count = len(kinds) % period, len(kinds) // period
@@ -188,7 +194,7 @@ def largest_length(
 
     Returns it with its plan, or None if not even 256 tokens fit.
     """
-    libraries = process_baseline() if libraries is None else libraries
+    libraries = baseline_of(setting) if libraries is None else libraries
     step, best = 256, None
     low, high = 0, 1
     while high * step <= longest:
@@ -232,11 +238,9 @@ def _simulate(setting: TrainingSetting, num_bottom: int = 0, num_top: int = 0) -
         tracker = LiveStorage()
         quantized = _quantized_bytes(model, setting)
         for name, parameter in model.named_parameters():
-            if name not in quantized:
-                tracker.put(parameter, "weights")
+            tracker.put(parameter, "weights", quantized.get(name))
         for buffer in model.buffers():
             tracker.put(buffer, "weights")
-        tracker.live["weights"] += sum(quantized.values())
         largest_update = 0
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -382,6 +386,8 @@ def _take_step(model: nn.Module, setting: TrainingSetting, tracker: LiveStorage)
             loss, cache = next(spans)
         losses.append(loss)
         del loss
+        if cache is not None:
+            _put_bank(tracker, cache)
         if (index + 1) % per_gradient == 0 or index + 1 == num_spans:
             total = torch.stack(losses).sum()
             losses = []
@@ -389,7 +395,7 @@ def _take_step(model: nn.Module, setting: TrainingSetting, tracker: LiveStorage)
             total.backward()
             del total
             if cache is not None:
-                _put_bank(tracker, cache.detach())
+                cache.detach()
         del cache
 
 
@@ -404,15 +410,27 @@ def process_memory() -> tuple[int, int]:
 
 
 @functools.lru_cache
-def process_baseline() -> int:
-    """Bytes that a training process holds beside its tensors: the peak of one that trains next to nothing."""
-    nothing = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "num_hidden_layers": 1}
-    settings = nothing | {"layer_types": ["state_bank_attention"], "pad_token_id": None}
-    return int(
-        measure_memory(
-            TrainingSetting("bwr-dnc-tiny", settings, optimizer="adamw_bnb_8bit", method="lora", sequence_length=128)
-        )["peak"]
+def process_baseline(quantization: str | None = None) -> int:
+    """
+    Bytes that a training process holds beside its tensors: the peak of one that trains next to nothing.
+
+    A quantised base (`quantization`) brings in more libraries than others.
+    """
+    nothing = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "head_dim": 8, "num_hidden_layers": 1}
+    nothing = TrainingSetting(
+        "bwr-dnc-tiny",
+        nothing | {"layer_types": ["state_bank_attention"], "pad_token_id": None},
+        method="lora" if quantization is None else "qlora",
+        quantization=quantization or "nf4",
+        optimizer="adamw_bnb_8bit",
+        sequence_length=128,
     )
+    return int(measure_memory(nothing)["peak"])
+
+
+def baseline_of(setting: TrainingSetting) -> int:
+    """`process_baseline` of what a setting loads."""
+    return process_baseline(setting.quantization if setting.method == "qlora" else None)
 
 
 def return_freed_memory() -> None:
@@ -449,6 +467,10 @@ def measure_memory(setting: TrainingSetting, num_steps: int = 2, timeout: float 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def _save_base(setting: TrainingSetting, folder: str) -> None:
+    build_model(replace(setting, method="full")).save_pretrained(folder)
+
+
 def _measure_here(setting: TrainingSetting, num_steps: int) -> dict[str, float]:
     import tempfile
     import time
@@ -464,8 +486,10 @@ def _measure_here(setting: TrainingSetting, num_steps: int) -> dict[str, float]:
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
         if setting.method == "qlora":
-            build_model(replace(setting, method="full")).save_pretrained(folder)
-            # Its weights are read back quantised, in a process that never held them whole.
+            # Another process makes the weights, so that this one never holds them whole.
+            maker = multiprocessing.get_context("spawn").Process(target=_save_base, args=(setting, folder))
+            maker.start()
+            maker.join()
             quantization = quantization_config(setting.quantization, setting.dtype)
             model = BwrDncForCausalLM.from_pretrained(folder, dtype=setting.dtype, quantization_config=quantization)
             model = add_adapter(model, dict(setting.adapter))

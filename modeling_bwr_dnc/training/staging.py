@@ -45,8 +45,9 @@ def complete_folder(folder: Path, is_writer: bool = True, wait: Callable[[], Non
 
 
 def _is_short_write(error: Exception) -> bool:
-    """Whether `torch.save` ran out of space, which it reports as a RuntimeError of its zip writer."""
-    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error))
+    """Whether `torch.save` could not write, which its C++ streams report as a RuntimeError."""
+    words = ("iostream error", "PytorchStreamWriter", "unexpected pos")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _sync(folder: Path) -> None:
