@@ -23,10 +23,15 @@ from modeling_bwr_dnc.training.run import run_recipe  # noqa: E402
 from scripts.command_line import run  # noqa: E402
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes KEY=VALUE before, between and after the options."""
+
+    def parse_args(self, args=None, namespace=None):
+        return self.parse_intermixed_args(args, namespace)
+
+
 def build_parser(name: str = "scripts.train", description: str | None = __doc__) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in training.output_dir, if any"

@@ -179,9 +179,11 @@ def test_a_model_of_another_kind_is_refused(assert_refused, recipe, tiny_source)
 @pytest.mark.parametrize("checkpoint_from_two", [False, True])
 def test_two_processes_have_the_losses_of_one(recipe, call, tmp_path, checkpoint_from_two):
     plain = ("model_settings.hidden_dropout=0.0", "training.retention_noise=false", "data.validation_fraction=null")
+    plain += ("training.lr_scheduler_type=constant",)
     one = (*plain, "training.per_device_train_batch_size=4")
     assert call(train, "--config", recipe, *one, f"training.output_dir={tmp_path / 'one'}")[0] == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "scripts/train.py"]
+    accelerate = str(REPOSITORY / "configuration" / "accelerate" / "two_cpu_processes.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate, "scripts/train.py"]
     steps = ["training.max_steps=2"] if checkpoint_from_two else []
     command = [*launch, "--config", str(recipe), *plain, *steps, f"training.output_dir={tmp_path / 'two'}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
