@@ -416,10 +416,10 @@ def process_baseline(quantization: str | None = None) -> int:
 
     A quantised base (`quantization`) brings in more libraries than others.
     """
-    nothing = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "head_dim": 8, "num_hidden_layers": 1}
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "head_dim": 8, "num_hidden_layers": 1}
     nothing = TrainingSetting(
         "bwr-dnc-tiny",
-        nothing | {"layer_types": ["state_bank_attention"], "pad_token_id": None},
+        sizes | {"layer_types": ["state_bank_attention"], "pad_token_id": None},
         method="lora" if quantization is None else "qlora",
         quantization=quantization or "nf4",
         optimizer="adamw_bnb_8bit",
