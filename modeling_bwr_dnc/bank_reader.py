@@ -33,6 +33,7 @@ from .memory_ops import (
     causal_mask,
     consolidate,
     merge_salience_bias,
+    pooled_salience,
     prefix_bias,
     prefix_positions,
     pressure,
@@ -311,7 +312,8 @@ class BankReader:
         """The segment that leaves the window, as raw entries."""
         length, row = self.settings.segment_length, state.rows[0]
         shape = usage.shape
-        salience = state.window_salience[:, :, :length]
+        own = state.window_salience[:, :, :length]
+        salience = pooled_salience(state.window_salience, self.settings)[:, :, :length]
         positions = torch.arange(row.window_start, row.window_start + length, device=usage.device).expand(shape)
         token_ids = state.window_ids[:, None, :length].expand(shape)
         if state.holes is not None:
@@ -322,7 +324,7 @@ class BankReader:
             return F.pad(source[..., None], (0, MAX_SOURCES - 1), value=-1)
 
         level = torch.zeros(shape, dtype=torch.int8, device=usage.device)
-        return Entries(level, salience, salience_bias(salience), usage, alone(positions), alone(token_ids))
+        return Entries(level, salience, salience_bias(own), usage, alone(positions), alone(token_ids))
 
     def measure_usage(self, state: BankState) -> torch.Tensor:
         """

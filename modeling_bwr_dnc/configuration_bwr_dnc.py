@@ -66,6 +66,8 @@ class BwrDncConfig(PreTrainedConfig):
             Complexity, in (0, 1), from which a query is meant to read levels 1 and 2.
         usage_weight (`float`, defaults to 1.0):
             Weight of the measured usage (in [0, 1]) beside the learned salience when slots are retained.
+        salience_pooling (`int`, defaults to 1):
+            Neighbouring tokens, an odd number, over which salience is averaged when slots are retained; 1 means none.
         retention_score (`str`, defaults to `"salience"`):
             What decides which entries stay: `"salience"` (learned salience + usage), or a training-free score:
             `"attention"`, `"expected_attention"`, `"key_norm"`, `"key_difference"`, `"recency"`, `"random"`.
@@ -115,6 +117,7 @@ class BwrDncConfig(PreTrainedConfig):
     memory_position: str = "rank"
     routing_thresholds: list[float | int] | tuple[float | int, ...] = (0.5, 0.8)
     usage_weight: int | float = 1.0
+    salience_pooling: int = 1
     retention_score: str = "salience"
     short_conv_kernel: int = 0
     use_memory: bool = True
@@ -210,6 +213,12 @@ class BwrDncConfig(PreTrainedConfig):
             "routing_thresholds",
             self.routing_thresholds,
             "be two numbers strictly between 0 and 1, for levels 1 and 2",
+        )
+        require(
+            self.salience_pooling >= 1 and self.salience_pooling % 2 == 1,
+            "salience_pooling",
+            self.salience_pooling,
+            "be an odd number of tokens, so that it has a middle (1 means none)",
         )
         require(
             self.retention_score in RETENTION_SCORES,

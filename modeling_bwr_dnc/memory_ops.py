@@ -42,6 +42,7 @@ class BankSettings:
     routing_thresholds: tuple[float, ...] = (0.5, 0.8)
     use_hard_routing: bool = False
     usage_weight: float = 1.0
+    salience_pooling: int = 1
     retention_score: str = "salience"
     layer_idx: int = 0
 
@@ -59,7 +60,7 @@ class Entries:
     """
 
     level: torch.Tensor  # [B, G, N] int8: 0 raw, 1 and 2 compressed; sinks are raw
-    salience: torch.Tensor  # [B, G, N] float: largest salience logit of the parts
+    salience: torch.Tensor  # [B, G, N] float: largest (pooled) salience logit of the parts
     salience_bias: torch.Tensor  # [B, G, N] float: log-mean-exp, weighted by mass, of the parts' biases
     usage: torch.Tensor  # [B, G, N] float: decayed share of attention received
     positions: torch.Tensor  # [B, G, N, MAX_SOURCES] int64: source positions, -1 where unused
@@ -129,6 +130,17 @@ def put_entries(tensor: torch.Tensor, index: torch.Tensor, values: torch.Tensor)
 def salience_bias(salience: torch.Tensor) -> torch.Tensor:
     """Logit bias of a raw entry: 0 at the start, at most 0.05 above, unboundedly negative for noise."""
     return F.logsigmoid(salience + SALIENCE_SHIFT) - math.log(1 / (1 + math.exp(-SALIENCE_SHIFT)))
+
+
+def pooled_salience(salience: torch.Tensor, settings: BankSettings) -> torch.Tensor:
+    """
+    Salience logits of a window [B, G, 2S] as retention sees them: means over `salience_pooling` tokens around each, those in the
+    window. What is worth keeping comes in clauses, not in tokens (SnapKV, Li et al., 2024, pools attention alike).
+    """
+    width = settings.salience_pooling
+    if width == 1:
+        return salience
+    return F.avg_pool1d(salience, width, stride=1, padding=width // 2, count_include_pad=False)
 
 
 def merge_salience_bias(older_bias, older_mass, newer_bias, newer_mass) -> torch.Tensor:

@@ -554,6 +554,7 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> dict[str, BankSetti
         routing_thresholds=tuple(config.routing_thresholds),
         use_hard_routing=config.use_hard_routing,
         usage_weight=float(config.usage_weight),
+        salience_pooling=config.salience_pooling,
         retention_score=config.retention_score,
     )
     bank = replace(window, memory_slots=tuple(config.memory_slots)) if use_memory else window

@@ -57,6 +57,7 @@ def naive_state_bank_attention(
     routing_thresholds: Sequence[float] = (0.5, 0.8),
     use_hard_routing: bool = False,
     usage_weight: float = 1.0,
+    salience_pooling: int = 1,
 ) -> tuple[Tensor, list[list[Entry]]]:
     """Returns the attention output [H, N, D] and, per key/value head, the slots held at the end, in order of time."""
     (num_heads, num_tokens, width), num_groups = queries.shape, keys.shape[0]
@@ -116,6 +117,10 @@ def naive_state_bank_attention(
                     measured = entry.received / (ratio * len(range(0, segment_length, USAGE_STRIDE)))
                     entry.usage = 0.9 * entry.usage + 0.1 * measured if entry in slots else measured
                 leaving = [entry for entry in window if entry.time < (segment - 1) * segment_length]
+                for entry in leaving:
+                    around = range(entry.time - salience_pooling // 2, entry.time + salience_pooling // 2 + 1)
+                    held = [i for i in around if (segment - 2) * segment_length <= i < n]
+                    entry.delta = delta[g, held].mean()
                 window = window[len(leaving) :]
                 slots = sorted(settle(g, 0, slots, leaving), key=lambda entry: entry.time)
             if offset == 0:

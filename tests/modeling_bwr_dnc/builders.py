@@ -88,6 +88,7 @@ def random_config(seed: int, max_segment: int = 12, max_slots: int = 20, **fixed
         "tie_word_embeddings": draw.random() < 0.5,
         "use_hard_routing": draw.random() < 0.2,
         "usage_weight": draw.choice([1.0, 5.0]),
+        "salience_pooling": draw.choice([1, 1, 3, 9, 31]),
     }
     return tiny_config(**{**choices, **fixed})
 
@@ -206,6 +207,7 @@ def _reference_attention(attention, inputs, ids, inv_freq, kind, config):
         routing_thresholds=config.routing_thresholds,
         use_hard_routing=config.use_hard_routing,
         usage_weight=config.usage_weight,
+        salience_pooling=config.salience_pooling,
     )
     return attention.o_proj(output.transpose(0, 1).flatten(1)), banks
 

@@ -38,6 +38,7 @@ def model():
         ({"memory_slots": [4, 2]}, "memory_slots"),
         ({"memory_slots": [4, -2, 1]}, "memory_slots"),
         ({"segment_length": 0}, "segment_length"),
+        ({"salience_pooling": 4}, "salience_pooling"),
         ({"memory_position": "nowhere"}, "memory_position"),
         ({"retention_score": "luck"}, "retention_score"),
         ({"routing_thresholds": [0.5, 1.0]}, "routing_thresholds"),
