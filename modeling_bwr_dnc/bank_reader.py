@@ -45,6 +45,12 @@ from .memory_ops import (
 )
 from .state_bank import BankState, RowState
 
+# Tokens of a layer with slots that are read together, at most (one segment at least), when gradients are wanted.
+READ_TOGETHER = 512
+# With more segments' worth of entries before the window, each segment's copies of keys and values are computed twice instead of
+# kept for the backward pass. With fewer they are small beside what the layer keeps for the tokens themselves.
+RECOMPUTE_ABOVE = 4
+
 
 class RotaryTable:
     """Cosines and sines of RoPE for one forward pass, computed once per range of positions and shared by all layers."""
@@ -52,7 +58,8 @@ class RotaryTable:
     def __init__(self, inverse_frequencies: torch.Tensor, scaling: float, dtype: torch.dtype):
         """From inverse frequencies [D / 2], and the factor that some RoPE variants put on cosines and sines."""
         self.dtype, self.device = dtype, inverse_frequencies.device
-        self.precise = torch.promote_types(dtype, torch.float32)
+        # In float32 the angles of far positions would have lost what distinguishes neighbours.
+        self.precise = torch.float32 if self.device.type == "mps" else torch.float64
         self.frequencies, self.scaling = inverse_frequencies.to(self.precise), scaling
         self.ranges: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -177,15 +184,130 @@ class Pool:
 
 
 @dataclass
-class PlannedSegment:
-    """What one stretch of tokens sees, as recorded by the plan."""
+class PlannedStretch:
+    """What one stretch of tokens, at most up to the end of a segment, sees, as recorded by the plan."""
 
-    start: int
+    index: int  # among the stretches of the call
+    start: int  # first token in the call
     stop: int
     row: RowState
+    segment: int  # segments that have left the window since the call began
     source: torch.Tensor  # [R, G, N] pool indices of the entries before the window
-    entries: Entries
+    mass: torch.Tensor  # [R, G, N] of these entries
+    level: torch.Tensor  # [R, G, N]
     holes: torch.Tensor | None  # [R, G, L]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def is_like(self, other: "PlannedStretch") -> bool:
+        """Whether both have the same shapes, and can be read together."""
+        mine, theirs = (
+            (len(s), s.row.seen - s.row.window_start, s.source.shape, s.row.slot_counts) for s in (self, other)
+        )
+        return mine == theirs and self.holes is None and other.holes is None
+
+
+@dataclass
+class Cut:
+    """
+    What a call reads, cut once, so that the gradients of the pieces are joined once: one slice per segment would give each a
+    gradient as large as the whole. Everything is rotated to its index in the pool; only differences of positions matter.
+    """
+
+    queries: tuple[torch.Tensor, ...]  # [R, H, T, D] of each stretch
+    complexity: tuple[torch.Tensor, ...]  # [R, H, T] of each stretch
+    keys: tuple[torch.Tensor, ...]  # [R, G, <= S, D] of each segment, from the first in the window on
+    values: tuple[torch.Tensor, ...]
+    first: int  # pool index of the first entry in the window
+    rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines of all raw entries, [P, D]
+
+    def window(self, stretches: list[PlannedStretch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [R * K, G, <= 2S, D] in the windows of K stretches."""
+        pairs = [slice(stretch.segment, stretch.segment + 2) for stretch in stretches]
+        keys, values = (stacked([torch.cat(part[pair], dim=2) for pair in pairs]) for part in (self.keys, self.values))
+        return keys, values
+
+
+class SharedGather:
+    """
+    Gathers along dimension 2 from one tensor [B, G, P, ...], whose gradients add up in one buffer.
+
+    The gradient of an ordinary gather is as large as what it reads from: one per segment makes training quadratic.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        # A compiler takes no shared buffer.
+        self.total = None if torch.compiler.is_compiling() else _GradientTotal()
+        self.tensor = tensor if self.total is None else _CollectGradient.apply(tensor, self.total)
+
+    def __call__(self, index: torch.Tensor) -> torch.Tensor:
+        """Entries at `index` [B, G, K]."""
+        if self.total is None:
+            return take_entries(self.tensor, index)
+        return _TakeEntries.apply(self.tensor, index, self.total)
+
+
+class _GradientTotal:
+    """Sum of the gradients of all gathers so far, None before the first."""
+
+    value: torch.Tensor | None = None
+
+
+class _CollectGradient(torch.autograd.Function):
+    """Identity; its backward pass runs after those of all gathers, and hands on their sum."""
+
+    @staticmethod
+    def forward(ctx, tensor, total):
+        ctx.total = total
+        ctx.set_materialize_grads(False)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gathered, ctx.total.value = ctx.total.value, None
+        if gathered is None or gradient is None:
+            return gradient if gathered is None else gathered, None
+        return gathered + gradient, None
+
+
+class _TakeEntries(torch.autograd.Function):
+    """`take_entries`, whose gradient goes into a total."""
+
+    @staticmethod
+    def forward(ctx, tensor, index, total):
+        ctx.save_for_backward(index)
+        ctx.shape, ctx.total = tensor.shape, total
+        return take_entries(tensor, index)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (index,) = ctx.saved_tensors
+        if ctx.total.value is None:
+            ctx.total.value = gradient.new_zeros(ctx.shape)
+        if gradient.dim() == 4:
+            index = index[..., None].expand_as(gradient)
+        ctx.total.value.scatter_add_(2, index, gradient)
+        return None, None, None
+
+
+@dataclass
+class Slots:
+    """The pool as the stretches read it: keys, values and salience bias at given indices."""
+
+    keys: SharedGather
+    values: SharedGather
+    bias: SharedGather
+
+
+def stacked(parts: list[torch.Tensor]) -> torch.Tensor:
+    """K tensors [R, ...] as one [R * K, ...], rows in the outer order."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def unstrung(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """[R, G, K * N, ...] as [R * K, G, N, ...]."""
+    return tensor if count == 1 else tensor.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def refreshed(state: BankState, rotary: RotaryTable) -> BankState:
@@ -203,7 +325,9 @@ def refreshed(state: BankState, rotary: RotaryTable) -> BankState:
     before = rotate(keys[:, :, :num_prefix], *rotary.prefix(num_prefix, settings))
     window = rotate(keys[:, :, num_prefix:], *rotary.range(start, start + room))
     entries = state.entries.map(torch.Tensor.detach)
-    key_bias = prefix_bias(entries, row_pressure(row, settings), num_prefix - row.num_slots)
+    key_bias = prefix_bias(
+        entries.mass, entries.salience_bias, row_pressure(row, settings), num_prefix - row.num_slots
+    )
     return replace(state, rotated=torch.cat((before, window), dim=2), key_bias=key_bias)
 
 
@@ -213,7 +337,7 @@ def row_pressure(row: RowState, settings: BankSettings) -> float:
 
 def is_biased(rows: list[RowState], settings: BankSettings) -> bool:
     """Whether any slot can carry a bias; before the first demotion none does."""
-    return any(row.slot_counts[1] or row.slot_counts[2] or row_pressure(row, settings) > 0 for row in rows)
+    return any(row.num_slots and (sum(row.slot_counts[1:]) or row_pressure(row, settings) > 0) for row in rows)
 
 
 def stays_lossless(row: RowState, num_tokens: int, settings: BankSettings) -> bool:
@@ -304,7 +428,9 @@ class BankReader:
             window_salience=with_room(state.window_salience[:, :, length:]),
             window_ids=F.pad(state.window_ids[:, length:], (0, length)),
             holes=holes,
-            key_bias=prefix_bias(stay.entries, row_pressure(rows[0], settings), num_sinks),
+            key_bias=prefix_bias(
+                stay.entries.mass, stay.entries.salience_bias, row_pressure(rows[0], settings), num_sinks
+            ),
         )
         return consolidated, plan
 
@@ -522,15 +648,29 @@ class BankReader:
 
     def read_with_gradient(self, tokens: Tokens, state: BankState):
         """Like `read_in_place`, differentiable, and `state` is left as it was."""
-        segments, finished, plan = self._plan(tokens.map(torch.Tensor.detach), state)
+        if (
+            self.call.keeps_state
+            or any(self.settings.memory_slots)
+            or state.rows[0].num_slots
+            or state.holes is not None
+        ):
+            stretches, finished, plan = self._plan(tokens.map(lambda tensor: tensor.detach()), state)
+        else:
+            stretches, finished, plan = (
+                self._count_stretches(len(tokens), state),
+                None,
+                Plan(state.window_ids, ([], [])),
+            )
         pool = self._pool(tokens, state, plan)
-        num_raw = pool.keys.shape[2] - sum(pairs.shape[2] for level in plan.pairs for pairs in level)
-        num_level1 = sum(pairs.shape[2] for pairs in plan.pairs[0])
+        num_raw, num_level1 = state.length() + len(tokens), sum(pairs.shape[2] for pairs in plan.pairs[0])
+        cut = self._cut(tokens, state, stretches, pool)
+        slots = Slots(SharedGather(pool.keys), SharedGather(pool.values), SharedGather(pool.bias))
         outputs, weights = [], []
-        for segment in segments:
-            segment.source = _resolved(segment.source, num_raw, num_level1)
-            output, weight = self._read_planned(segment, tokens, state, pool)
-            outputs.append(output)
+        for group in self._groups(stretches):
+            for stretch in group:
+                stretch.source = _resolved(stretch.source, num_raw, num_level1)
+            output, weight = self._read_group(group, cut, slots)
+            outputs += output.unflatten(0, (-1, len(group))).unbind(1)
             weights.append(weight)
         after = None
         if self.call.keeps_state:
@@ -541,35 +681,54 @@ class BankReader:
             after = finished.state()
         return _joined(outputs), self._joined_weights(weights), after
 
-    @torch.no_grad()
-    def _plan(self, tokens: Tokens, state: BankState) -> tuple[list[PlannedSegment], "Finished", Plan]:
+    def _plan(self, tokens: Tokens, state: BankState) -> tuple[list[PlannedStretch], "Finished", Plan]:
         """Walk the segments on detached values; record what each sees and which pairs merge."""
-        length, num_prefix, first_position = (
-            self.settings.segment_length,
-            len(state.entries),
-            state.rows[0].window_start,
-        )
-        device, shape = state.keys.device, state.entries.level.shape
-        state = state.map(lambda tensor: tensor.detach().clone())
-        plan = Plan(torch.arange(num_prefix, device=device).expand(shape), ([], []))
-        segments, finished, start = [], Finished(self.counts), 0
-        while start < len(tokens):
-            row = state.rows[0]
-            room = row.window_start + 2 * length - row.seen
-            if room == 0:
-                left = num_prefix + row.window_start - first_position
-                leaving = torch.arange(left, left + length, device=device).expand(*shape[:2], length)
-                plan = Plan(torch.cat((plan.source, leaving), dim=2), plan.pairs)
-                self.on_consolidation(state, list(range(len(state.rows))))
-                state, plan = self.begin_segment(state, plan)
-                room = length
-            stop = min(start + room, len(tokens))
-            self.append(state, tokens.slice(start, stop))
-            holes = None if state.holes is None else state.holes[:, :, : state.length()].clone()
-            segments.append(PlannedSegment(start, stop, replace(state.rows[0]), plan.source, state.entries, holes))
+        length, num_prefix = self.settings.segment_length, len(state.entries)
+        first_position, shape = state.rows[0].window_start, state.entries.level.shape
+        device = state.keys.device
+        stretches: list[PlannedStretch] = []
+        finished, start = Finished(self.counts), 0
+        with torch.no_grad():
+            state = state.map(lambda tensor: tensor.detach().clone())
+            plan = Plan(torch.arange(num_prefix, device=device).expand(shape), ([], []))
+            while start < len(tokens):
+                row = state.rows[0]
+                room = row.window_start + 2 * length - row.seen
+                if room == 0:
+                    left = num_prefix + row.window_start - first_position
+                    leaving = torch.arange(left, left + length, device=device).expand(*shape[:2], length)
+                    plan = Plan(torch.cat((plan.source, leaving), dim=2), plan.pairs)
+                    self.on_consolidation(state, list(range(len(state.rows))))
+                    state, plan = self.begin_segment(state, plan)
+                    room = length
+                stop = min(start + room, len(tokens))
+                self.append(state, tokens.slice(start, stop))
+                row, entries = replace(state.rows[0]), state.entries
+                holes = None if state.holes is None else state.holes[:, :, : state.length()].clone()
+                segment = (row.window_start - first_position) // length
+                seen = (plan.source, entries.mass, entries.level, holes)
+                stretches.append(PlannedStretch(len(stretches), start, stop, row, segment, *seen))
+                start = stop
+                finished.note(start, state, plan.source)
+        return stretches, finished, plan
+
+    def _count_stretches(self, num_tokens: int, state: BankState) -> list[PlannedStretch]:
+        """The plan of a layer without slots, whose state is not wanted: before the window are the sinks."""
+        length, first_position = self.settings.segment_length, state.rows[0].window_start
+        stretches: list[PlannedStretch] = []
+        row, start = replace(state.rows[0]), 0
+        while start < num_tokens:
+            if row.seen == row.window_start + 2 * length:
+                row = replace(row, window_start=row.window_start + length)
+            stop = min(start + row.window_start + 2 * length - row.seen, num_tokens)
+            row = replace(row, seen=row.seen + stop - start)
+            num_sinks = row.num_prefix(self.settings.num_sink_tokens)
+            source = torch.arange(num_sinks, device=state.keys.device).expand(*state.keys.shape[:2], -1)
+            segment = (row.window_start - first_position) // length
+            seen = (source, torch.ones_like(source), torch.zeros_like(source), None)
+            stretches.append(PlannedStretch(len(stretches), start, stop, row, segment, *seen))
             start = stop
-            finished.note(start, state, plan.source)
-        return segments, finished, plan
+        return stretches
 
     def _pool(self, tokens: Tokens, state: BankState, plan: Plan) -> Pool:
         held = state.length()
@@ -591,37 +750,75 @@ class BankReader:
                 pool = pool.extended(_resolved(torch.cat(pairs, dim=2), num_raw, num_level1), self.compress)
         return pool
 
-    def _read_planned(self, segment: PlannedSegment, tokens: Tokens, state: BankState, pool: Pool):
-        row, settings, rotary = segment.row, self.settings, self.call.rotary
-        num_prefix, count = segment.source.shape[2], segment.stop - segment.start
-        first = len(state.entries) + row.window_start - state.rows[0].window_start
-        last = state.length() + segment.stop
-        num_keys = num_prefix + last - first
-        biased = segment.holes is not None or is_biased([row], settings)
-        num_sinks = num_prefix - row.num_slots
+    def _cut(self, tokens: Tokens, state: BankState, stretches: list[PlannedStretch], pool: Pool) -> Cut:
+        length, num_raw, first = self.settings.segment_length, state.length() + len(tokens), len(state.entries)
+        cos, sin = self.call.rotary.range(0, num_raw)
+        queries = rotate(tokens.queries, cos[-len(tokens) :], sin[-len(tokens) :])
+        keys, values = (
+            rotate(pool.keys[:, :, first:num_raw], cos[first:], sin[first:]),
+            pool.values[:, :, first:num_raw],
+        )
+        counts = [len(stretch) for stretch in stretches]
+        return Cut(
+            queries.split(counts, dim=2),
+            tokens.complexity.split(counts, dim=2),
+            keys.split(length, dim=2),
+            values.split(length, dim=2),
+            first,
+            (cos, sin),
+        )
 
-        def read(queries, complexity, pool_keys, pool_values, pool_bias):
-            start = rotary_start(num_prefix, num_prefix, settings)
-            window = rotate(pool_keys[:, :, first:last], *rotary.range(start, start + last - first))
-            slots = rotate(take_entries(pool_keys, segment.source), *rotary.prefix(num_prefix, settings))
-            keys = torch.cat((slots, window), dim=2)
-            values = torch.cat((take_entries(pool_values, segment.source), pool_values[:, :, first:last]), dim=2)
+    def _groups(self, stretches: list[PlannedStretch]) -> list[list[PlannedStretch]]:
+        """Consecutive stretches to be read as one batch."""
+        groups = [stretches[:1]]
+        for stretch in stretches[1:]:
+            group = groups[-1]
+            has_room = stretch.row.num_slots == 0 or (len(group) + 1) * len(stretch) <= READ_TOGETHER
+            if stretch.is_like(group[0]) and has_room and not self.call.output_attentions:
+                group.append(stretch)
+            else:
+                groups.append([stretch])
+        return groups
+
+    def _read_group(self, group: list[PlannedStretch], cut: Cut, slots: Slots):
+        """Output [R * K, H, T, D] of K stretches of the same shapes, rows in the outer order, and weights if asked for."""
+        settings, row, holes = self.settings, group[0].row, group[0].holes
+        num_prefix = group[0].source.shape[2]
+
+        def read():
+            keys, values = cut.window(group)
+            index = torch.cat([stretch.source for stretch in group], dim=2)  # [R, G, K * N]
+            if num_prefix:
+                cos, sin = (torch.cat([t[at] for at in self._prefix_index(group, cut)]) for t in cut.rotary)
+                prefix = rotate(slots.keys(index), cos, sin), slots.values(index)
+                keys, values = (
+                    torch.cat((unstrung(before, len(group)), window), dim=2)
+                    for before, window in zip(prefix, (keys, values), strict=True)
+                )
             biases = (None, None, None)
-            if biased:
-                entries = replace(segment.entries, salience_bias=take_entries(pool_bias, segment.source))
-                key_bias, gates, level = prefix_bias(entries, row_pressure(row, settings), num_sinks), None, None
+            if holes is not None or is_biased([stretch.row for stretch in group], settings):
+                mass, level = stacked([s.mass for s in group]), stacked([s.level for s in group])
+                bias = unstrung(slots.bias(index), len(group))
+                pressures = mass.new_tensor([row_pressure(s.row, settings) for s in group], dtype=bias.dtype)
+                pressures = pressures.repeat(len(mass) // len(group))[:, None, None]
+                key_bias, gates = prefix_bias(mass, bias, pressures, num_prefix - row.num_slots), None
                 if self.uses_routing and (row.slot_counts[1] or row.slot_counts[2]):
-                    gates, level = route_gates(complexity, settings), entries.level
-                biases = _with_holes(key_bias, gates, level, segment.holes, num_keys)
-            start = rotary_start(num_keys - count, num_prefix, settings)
-            return self._attend(rotate(queries, *rotary.range(start, start + count)), keys, values, biases)
+                    gates = route_gates(stacked([cut.complexity[s.index] for s in group]), settings)
+                biases = _with_holes(key_bias, gates, None if gates is None else level, holes, keys.shape[2])
+            return self._attend(stacked([cut.queries[s.index] for s in group]), keys, values, biases)
 
-        part = tokens.slice(segment.start, segment.stop)
-        inputs = (part.queries, part.complexity, pool.keys, pool.values, pool.bias)
-        if row.num_slots == 0:
-            # Only slots make every segment's keys a copy of its own, worth computing twice.
-            return read(*inputs)
-        return checkpoint(read, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if num_prefix <= RECOMPUTE_ABOVE * settings.segment_length:
+            return read()
+        return checkpoint(read, use_reentrant=False, preserve_rng_state=False)
+
+    def _prefix_index(self, group: list[PlannedStretch], cut: Cut) -> list[slice | torch.Tensor]:
+        """Where `cut.rotary` has the positions of the entries before the window of each stretch."""
+        num_prefix, settings = group[0].source.shape[2], self.settings
+        starts = [cut.first + stretch.segment * settings.segment_length for stretch in group]
+        if rotary_start(num_prefix, num_prefix, settings) == num_prefix:
+            return [slice(start - num_prefix, start) for start in starts]
+        positions = prefix_positions(num_prefix, settings, group[0].source.device)
+        return [positions + start - rotary_start(num_prefix, num_prefix, settings) for start in starts]
 
     def _differentiable(
         self, part: BankState, source, indices, tokens: Tokens, state: BankState, pool: Pool

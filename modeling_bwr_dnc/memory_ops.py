@@ -80,7 +80,7 @@ class Entries:
         return self.level.shape[2]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Entries":
-        return Entries(*(function(getattr(self, field.name)) for field in fields(self)))
+        return Entries(*(function(getattr(self, name)) for name in ENTRY_COLUMNS))
 
     def take(self, index: torch.Tensor) -> "Entries":
         """Entries at `index` [B, G, K] along the entry dimension."""
@@ -89,15 +89,15 @@ class Entries:
     def put(self, index: torch.Tensor, where: torch.Tensor, others: "Entries") -> "Entries":
         """Copy in which `others` stand at `index` [B, G, K], `where` [B, G, K] allows it."""
         columns = {}
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(others, field.name)
+        for name in ENTRY_COLUMNS:
+            mine, theirs = getattr(self, name), getattr(others, name)
             chosen = torch.where(where if theirs.dim() == 3 else where[..., None], theirs, take_entries(mine, index))
-            columns[field.name] = put_entries(mine, index, chosen)
+            columns[name] = put_entries(mine, index, chosen)
         return Entries(**columns)
 
     @staticmethod
     def cat(first: "Entries", second: "Entries") -> "Entries":
-        pairs = ((getattr(first, field.name), getattr(second, field.name)) for field in fields(Entries))
+        pairs = ((getattr(first, name), getattr(second, name)) for name in ENTRY_COLUMNS)
         return Entries(*(torch.cat(pair, dim=2) for pair in pairs))
 
     @staticmethod
@@ -106,6 +106,10 @@ class Entries:
         number = torch.zeros(shape, device=device, dtype=dtype)
         source = torch.zeros((*shape, MAX_SOURCES), device=device, dtype=torch.int64)
         return Entries(number.to(torch.int8), number, number, number, source, source)
+
+
+# Asked of the class once: a compiler does not follow `fields`.
+ENTRY_COLUMNS = tuple(field.name for field in fields(Entries))
 
 
 def take_entries(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -176,11 +180,12 @@ def pressure(raw_slots: int, window_start: int, settings: BankSettings) -> float
     return 1.0 - raw_slots / outside if outside > 0 else 0.0
 
 
-def prefix_bias(entries: Entries, pressure_value: float, num_sinks: int) -> torch.Tensor:
-    """Logit bias of the entries before the window, routing aside: log(mass) + pressure * salience_bias, [B, G, N]."""
-    mass = entries.mass
-    bias = mass.clamp(min=1).to(entries.salience_bias.dtype).log() + pressure_value * entries.salience_bias
-    is_sink = torch.arange(len(entries), device=mass.device) < num_sinks
+def prefix_bias(
+    mass: torch.Tensor, salience_bias: torch.Tensor, pressure_value: float | torch.Tensor, num_sinks: int
+) -> torch.Tensor:
+    """Logit bias of the entries before the window, routing aside: log(mass) + pressure * salience_bias, all [B, G, N]."""
+    bias = mass.clamp(min=1).to(salience_bias.dtype).log() + pressure_value * salience_bias
+    is_sink = torch.arange(mass.shape[2], device=mass.device) < num_sinks
     return bias.masked_fill(is_sink, 0.0).masked_fill(mass == 0, MASKED).clamp(min=MASKED)
 
 
@@ -469,6 +474,10 @@ def consolidate(
     """
     settings, entries = candidates.settings, candidates.entries
     keys, values = candidates.keys, candidates.values
+    if not any(settings.memory_slots):
+        sinks = entries.map(lambda tensor: tensor[:, :, :num_sinks])
+        stay = replace(candidates, entries=sinks, keys=keys[:, :, :num_sinks], values=values[:, :, :num_sinks])
+        return stay, (0, 0, 0), None if plan is None else Plan(plan.source[:, :, :num_sinks], plan.pairs)
     counts = list(slot_counts)
     level = entries.level.clone()
     level[:, :, :num_sinks] = -1
