@@ -27,6 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -51,9 +52,12 @@ from .state_bank import (
     check_matches_config,
     extend_history,
 )
+from .token_loss import IGNORED, is_plain_head, losses_and_logits
 
 # Tokens read at a time from a long input of which only the last logits are wanted.
 READ_BLOCK_LENGTH = 1024
+# Tokens whose logits the loss looks at together.
+LOSS_CHUNK = 512
 
 
 class BwrDncRMSNorm(nn.Module):
@@ -135,8 +139,9 @@ class Compressor(nn.Module):
         if self.is_learned:
             latent = self.latent_query.to(precise)[:, None, None] * keys.shape[-1] ** -0.5  # [G, 1, 1, D]
             logits = logits + (keys.to(precise) * latent).sum(-1)
-        weights = logits.softmax(-1)[..., None].to(dtype)
-        merged_keys, merged_values = (keys * weights).sum(-2), (values * weights).sum(-2)
+        older, newer = logits.softmax(-1)[..., None].to(dtype).unbind(-2)
+        merged_keys = older_keys * older + newer_keys * newer
+        merged_values = older_values * older + newer_values * newer
         if self.is_learned:
             merged_keys = merged_keys + self.key_residual(keys.flatten(-2)).to(dtype)
             merged_values = merged_values + self.value_residual(values.flatten(-2)).to(dtype)
@@ -777,6 +782,7 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         use_memory: bool | None = None,
         read_block_length: int | None = None,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -787,7 +793,11 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many tokens (0: all), or of the positions in a tensor.
             read_block_length: without gradients, and with `logits_to_keep` > 0, a longer input is read in blocks of so many
                 tokens, in memory that does not grow with its length.
+            skip_logits: with `labels`, leave `logits` of the output None: only those of a few hundred tokens exist at a time,
+                once more in the backward pass.
         """
+        if skip_logits and labels is None:
+            raise ValueError("`skip_logits` leaves only the loss, which needs `labels`; pass them, or leave it False.")
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -812,10 +822,13 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
         else:
             outputs = self.model(**inputs, **options)
         hidden_states = _kept_positions(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None and self._has_plain_loss(hidden_states, labels, kwargs):
+            loss, logits = self._loss_and_logits(hidden_states, labels, skip_logits, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -823,6 +836,23 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _has_plain_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, options: dict) -> bool:
+        """Whether the loss is the library's own, of a head that is only a matrix, and nothing else is asked of it."""
+        return (
+            self.loss_function is ForCausalLMLoss
+            and is_plain_head(self.lm_head)
+            and hidden_states.shape[:2] == labels.shape
+            and not {"shift_labels", "ignore_index"} & {name for name, value in options.items() if value is not None}
+            and not torch.compiler.is_compiling()
+        )
+
+    def _loss_and_logits(self, hidden_states, labels, skip_logits: bool, num_items_in_batch):
+        """What the library's loss gives, without its further copies of all logits."""
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(hidden_states.device)
+        losses, logits = losses_and_logits(hidden_states, self.lm_head.weight, labels, LOSS_CHUNK, not skip_logits)
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return losses.sum() / (count.to(losses.device) if isinstance(count, torch.Tensor) else count), logits
 
     def _read_in_blocks(self, inputs: dict, num_tokens: int, block_length: int, num_kept: int, options: dict):
         """Read a long input block by block; the outputs of the last, with the last `num_kept` hidden states."""
