@@ -5,6 +5,7 @@ Examples:
   python -m scripts.evaluate --model DIR --output results --measures loss passkey --lengths 1024 2048 4096
   python -m scripts.evaluate --model DIR --output results --measures loss --text book.txt --lengths 16384
   python -m scripts.evaluate --model DIR --output results --measures needle --kind name --score attention
+  python -m scripts.evaluate --model DIR --output results --measures facts --text book.txt --lengths 2048 16384 --rows 4
   python -m scripts.evaluate --model DIR --output results --measures accuracy pairs --task lookup --pairs 8 16 32
 """
 
@@ -30,11 +31,12 @@ from modeling_bwr_dnc.evaluation.measuring import (
 )
 from modeling_bwr_dnc.evaluation.policies import CONTROLS
 from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
+from modeling_bwr_dnc.evaluation.recall import measure_recall
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.tasks import TASKS, Passkey, Task, TextNeedle
 from scripts.command_line import load_model, run
 
-MEASURES = ("loss", "passkey", "needle", "accuracy", "pairs")
+MEASURES = ("loss", "passkey", "needle", "facts", "accuracy", "pairs")
 # Written beside a model that was trained on a task.
 TASK_FILE = "task.json"
 
@@ -64,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--score", nargs="+", choices=RETENTION_SCORES, default=[], help="further eviction scores to compare"
     )
+    parser.add_argument("--policies", nargs="+", choices=CONTROLS, help="by default all: the memory and the controls")
     parser.add_argument(
         "--full-limit",
         type=int,
@@ -76,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     if min(arguments.lengths) < 2 or arguments.rows < 1:
         raise ValueError(f"--lengths {arguments.lengths} and --rows {arguments.rows} must be at least 2 and 1")
-    text_measures = [name for name in arguments.measures if name in ("loss", "passkey", "needle")]
+    text_measures = [name for name in arguments.measures if name in ("loss", "passkey", "needle", "facts")]
     if text_measures:
         model, tokenizer = load_model(arguments.model)
     else:
@@ -84,7 +87,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.memory_slots is not None:
         model.config.memory_slots = arguments.memory_slots
         model.config.validate_architecture()
-    policies = [*CONTROLS, *(f"score:{score}" for score in arguments.score)]
+    policies = [*(arguments.policies or CONTROLS), *(f"score:{score}" for score in arguments.score)]
     begin = time.monotonic()
     measurements: dict[str, list[dict]] = {}
     for measure in arguments.measures:
@@ -132,6 +135,13 @@ def _needle(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
     return {f"needle_{arguments.kind or 'any'}": _depths(task, arguments, model, policies)}
 
 
+def _facts(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+    text = python_manual() if arguments.text is None else read_text_file(arguments.text)
+    token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    options = {"num_texts": arguments.rows, "seed": arguments.seed, "full_limit": arguments.full_limit}
+    return {"facts": measure_recall(model, tokenizer, token_ids, policies, arguments.lengths, **options)}
+
+
 def _depths(task: Task, arguments, model, policies) -> list[dict]:
     return measure_depths(
         model, task, policies, arguments.lengths, arguments.depths, arguments.rows, arguments.full_limit
@@ -152,7 +162,14 @@ def _pairs(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
     return {f"{task.name}_pairs_by_slots": records}
 
 
-MEASURING = {"loss": _loss, "passkey": _passkey, "needle": _needle, "accuracy": _accuracy, "pairs": _pairs}
+MEASURING = {
+    "loss": _loss,
+    "passkey": _passkey,
+    "needle": _needle,
+    "facts": _facts,
+    "accuracy": _accuracy,
+    "pairs": _pairs,
+}
 
 
 def chosen_task(arguments: argparse.Namespace, model: BwrDncForCausalLM) -> Task:

@@ -1,38 +1,48 @@
 """Memory adapters: the trained memory parameters of a model, without the base weights they were trained on.
 
 An adapter is one safetensors file that holds only tensors whose names contain ".memory." (salience, routing, compressor).
-It is small, and it is all that training the memory of a frozen checkpoint changes.
+It is small, and it is all that training the memory of a frozen checkpoint changes. The run-time settings that a trained memory
+counts on travel with it.
 """
 
+import json
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 MEMORY_MARK = ".memory."
+SETTINGS = ("salience_pooling", "usage_weight")
 
 
 def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
-    """Write the model's memory parameters to `path` and return their names.
+    """Write those memory parameters of the model that are not neutral (zero) to `path` and return their names.
 
     Raises:
-        ValueError: if the model has no memory parameters.
+        ValueError: if the model has no memory parameters, or an untrained memory.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if MEMORY_MARK in name}
     if not tensors:
         raise ValueError("the model has no memory parameters; give it at least one 'state_bank_attention' layer")
+    tensors = {name: tensor for name, tensor in tensors.items() if bool(tensor.any())}
+    if not tensors:
+        raise ValueError("all memory parameters of the model are neutral; train its memory first")
+    settings = {name: getattr(model.config, name) for name in SETTINGS}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt", "model_type": model.config.model_type})
+    metadata = {"format": "pt", "model_type": model.config.model_type, "settings": json.dumps(settings)}
+    save_file(tensors, partial, metadata=metadata)
     os.replace(partial, path)
     return sorted(tensors)
 
 
 def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
-    """Copy the adapter's tensors into the model and return their names; memory parameters it lacks stay as they are.
+    """
+    Copy the adapter's tensors into the model, its settings into the model's config, and return the names of the tensors.
+    Memory parameters it lacks stay as they are.
 
     Raises:
         ValueError: if the file cannot be read, holds a tensor that is no memory parameter of this model, holds one in
@@ -40,6 +50,8 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     """
     try:
         tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {}).get("settings", "{}"))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the memory adapter {path} could not be read: {error}") from error
     if not tensors:
@@ -58,6 +70,12 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
             )
         if not tensor.isfinite().all():
             raise ValueError(f"the memory adapter's {name!r} holds numbers that are not finite")
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"the memory adapter {path} has the settings {unknown}, but may have {list(SETTINGS)} only")
     for name, tensor in tensors.items():
         places[name].copy_(tensor)
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    model.config.validate_architecture()
     return sorted(tensors)

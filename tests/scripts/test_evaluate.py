@@ -21,6 +21,15 @@ def test_writes_numbers_tables_and_pictures(call, tiny_model, document, tmp_path
         assert (tmp_path / "results" / name).stat().st_size > 0
 
 
+def test_facts_asked_from_forks_of_one_reading(call, tiny_model, tmp_path):
+    arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "facts", "--lengths", 700, "--rows", 2]
+    code, _, errors = call(evaluate, *arguments, "--policies", "memory", "window")
+    assert code == 0, errors
+    records = json.loads((tmp_path / "results.json").read_text())["measurements"]["facts"]
+    assert {record["policy"] for record in records} == {"memory", "window"}
+    assert all(record["answers"] == 2 and 0 <= record["exact"] <= 1 for record in records)
+
+
 def test_tasks_budgets_and_scores(call, tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "accuracy", "pairs", "--task", "lookup"]
     arguments += ["--lengths", 64, "--rows", 1, "--option", "num_queries=2", "--pairs", 4, 8, "--slots", 4]

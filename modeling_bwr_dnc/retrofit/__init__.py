@@ -1,0 +1,6 @@
+"""Teaching a converted model's memory what to keep, with every weight of the source left as it is."""
+
+from .facts import Fact, hide_facts, make_fact, sentence_ends
+from .salience import fit_salience
+
+__all__ = ["Fact", "fit_salience", "hide_facts", "make_fact", "sentence_ends"]

@@ -1,0 +1,76 @@
+"""Teach the memory of a converted model what to keep: fit its salience heads, and write them as a small memory adapter.
+
+The weights of the source stay as they are. The model reads the texts once, with facts hidden in them that do not belong there; in
+every layer, what tells the two apart becomes salience (modeling_bwr_dnc/retrofit/salience.py). No gradients, no optimizer.
+
+Examples:
+  python -m scripts.train_memory --model demo_output/model --output memory.safetensors
+  python -m scripts.train_memory --model DIR --output memory.safetensors --text novel.txt manual.txt --tokens 60000
+  python -m scripts.convert --source smollm2 --output DIR --memory-adapter memory.safetensors
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
+from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
+from modeling_bwr_dnc.retrofit import fit_salience
+from scripts.command_line import load_model, run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "scripts.train_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub name of a converted model")
+    parser.add_argument("--output", required=True, help="file to write, .safetensors")
+    parser.add_argument(
+        "--text", nargs="+", default=[], help="UTF-8 files to read; by default the Python language reference"
+    )
+    parser.add_argument("--tokens", type=int, default=40_000, help="tokens to read of each text, at most (40000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the facts and their places (0)")
+    parser.add_argument(
+        "--scale", type=float, default=0.001, help="standard deviation of salience over ordinary text (0.001)"
+    )
+    parser.add_argument(
+        "--pooling", type=int, default=17, help="tokens over which salience is averaged when slots are retained (17)"
+    )
+    parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="read with another budget: raw, 2x, 4x")
+    return parser
+
+
+def train_memory(arguments: argparse.Namespace) -> None:
+    model, tokenizer = load_model(arguments.model)
+    model.config.salience_pooling = arguments.pooling
+    if arguments.memory_slots is not None:
+        model.config.memory_slots = arguments.memory_slots
+    model.config.validate_architecture()
+    if arguments.tokens < 1 or arguments.scale <= 0:
+        raise ValueError(f"--tokens is {arguments.tokens} and --scale {arguments.scale}, but both must be positive")
+    if Path(arguments.output).exists():
+        raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
+    texts = [read_text_file(path) for path in arguments.text] or [python_manual()]
+    tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: arguments.tokens] for text in texts]
+    begin = time.monotonic()
+    with tqdm(total=sum(map(len, tokens)), unit="tok", desc="reading") as progress:
+
+        def on_progress(num_tokens: int) -> None:
+            # The hidden facts come on top of the texts.
+            progress.total = max(progress.total, progress.n + num_tokens)
+            progress.update(num_tokens)
+
+        gaps = fit_salience(
+            model, tokenizer, tokens, seed=arguments.seed, scale=arguments.scale, on_progress=on_progress
+        )
+    names = save_memory_adapter(model, arguments.output)
+    print("how far facts stand out, in standard deviations of ordinary text, by layer:")
+    print("  " + "  ".join(f"{layer}: {gap:.1f}" for layer, gap in gaps.items()))
+    size = Path(arguments.output).stat().st_size
+    print(f"wrote {arguments.output}: {len(names)} tensors, {size:,} bytes, in {time.monotonic() - begin:.0f} seconds")
+
+
+if __name__ == "__main__":
+    run(build_parser(), train_memory)

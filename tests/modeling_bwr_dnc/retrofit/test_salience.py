@@ -1,0 +1,103 @@
+"""The closed-form salience is the discriminant it says it is, and it finds facts it was not shown."""
+
+import random
+from statistics import mean
+
+import pytest
+import torch
+
+from modeling_bwr_dnc import BwrDncForCausalLM
+from modeling_bwr_dnc.conversion.memory_adapter import load_memory_adapter, save_memory_adapter
+from modeling_bwr_dnc.evaluation.measuring import read_blocks
+from modeling_bwr_dnc.evaluation.recall import recalled, text_to_recall
+from modeling_bwr_dnc.retrofit import fit_salience
+from modeling_bwr_dnc.retrofit.salience import Moments, discriminant, text_with_facts
+from tests.modeling_bwr_dnc.builders import tiny_config
+from tests.modeling_bwr_dnc.retrofit.test_facts import manual, tokenizer  # noqa: F401
+
+
+def moments_of(samples: torch.Tensor) -> Moments:
+    moments = Moments.empty(samples.shape[1])
+    for part in samples.split(37):
+        moments.add(part)
+    return moments
+
+
+def test_moments_and_direction_are_those_of_the_samples():
+    torch.manual_seed(0)
+    mixing = torch.randn(6, 6, dtype=torch.float64)
+    text, shift = torch.randn(4000, 6, dtype=torch.float64) @ mixing, torch.randn(6, dtype=torch.float64)
+    facts = torch.randn(900, 6, dtype=torch.float64) @ mixing + shift
+    direction, gap = discriminant(moments_of(text), moments_of(facts), ridge=0.0)
+    within = (torch.cov(text.T, correction=0) + torch.cov(facts.T, correction=0)) / 2
+    expected = torch.linalg.solve(within, facts.mean(0) - text.mean(0))
+    torch.testing.assert_close(direction, expected / (text @ expected).std(correction=0))
+    assert gap == pytest.approx(float((facts @ direction).mean() - (text @ direction).mean()))
+    # Fisher: no other direction separates better.
+    for other in torch.randn(200, 6, dtype=torch.float64):
+        assert separation(text, facts, direction) >= separation(text, facts, other) - 1e-12
+
+
+def separation(text, facts, direction):
+    spread = (text @ direction).var(correction=0) + (facts @ direction).var(correction=0)
+    return ((facts @ direction).mean() - (text @ direction).mean()) ** 2 / spread
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    config = tiny_config(
+        vocab_size=50_000,
+        hidden_size=48,
+        num_hidden_layers=2,
+        segment_length=32,
+        memory_slots=[96, 0, 0],
+        salience_pooling=9,
+        usage_weight=0.0,
+        initializer_range=0.2,
+    )
+    return BwrDncForCausalLM(config).eval()
+
+
+def test_fitted_salience_keeps_new_facts(model, tokenizer, manual):  # noqa: F811
+    text, is_fact = text_with_facts(tokenizer, manual[12_000:14_000], random.Random("other facts"), (40, 160))
+
+    def kept(model) -> float:
+        """Share of the slots, of all layers and heads, that hold a token of a fact."""
+        for _, _, cache in read_blocks(model, torch.tensor([text])):
+            memory = cache
+        return mean(is_fact[slot["positions"][0]] for slot in memory.tokens())
+
+    by_recency = kept(model)
+    gaps = fit_salience(model, tokenizer, [manual[:6000], manual[6000:12_000]], seed=1, gap=(20, 120))
+    assert set(gaps) == {0, 1} and min(gaps.values()) > 0.2
+    assert kept(model) > 1.3 * by_recency > 0
+    attention = model.model.layers[0].self_attn
+    assert attention.memory.salience.weight.any() and not attention.memory.routing.weight.any()
+
+
+def test_an_adapter_brings_salience_and_its_settings(model, tokenizer, manual, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match="neutral"):
+        save_memory_adapter(BwrDncForCausalLM(model.config), tmp_path / "nothing.safetensors")
+    fit_salience(model, tokenizer, [manual[:1500]])
+    names = save_memory_adapter(model, tmp_path / "memory.safetensors")
+    assert names == [f"model.layers.{i}.self_attn.memory.salience.weight" for i in range(2)]
+    other = BwrDncForCausalLM(tiny_config(**model.config.to_diff_dict() | {"salience_pooling": 1}))
+    load_memory_adapter(other, tmp_path / "memory.safetensors")
+    assert other.config.salience_pooling == 9
+    torch.testing.assert_close(other.state_dict()[names[0]], model.state_dict()[names[0]])
+
+
+def test_questions_leave_no_trace_in_each_other(model, tokenizer, manual):  # noqa: F811
+    ids, facts = text_to_recall(tokenizer, manual, 700, random.Random(0))
+    together = recalled(model, tokenizer, ids, facts)
+    assert together[-1:] == recalled(model, tokenizer, ids, facts[-1:])
+    assert [tokenizer.decode(answer) for _, answer in together] == [" " + fact.answer for fact in facts]
+
+
+def test_nothing_to_learn_from_is_refused(model, tokenizer):  # noqa: F811
+    with pytest.raises(ValueError, match="both are needed"):
+        fit_salience(model, tokenizer, [tokenizer("Nothing ends here").input_ids])
+    window_only = BwrDncForCausalLM(tiny_config(layer_types=["sink_window_attention"] * 2))
+    with pytest.raises(ValueError, match="state_bank_attention"):
+        fit_salience(window_only, tokenizer, [[1, 2, 3]])

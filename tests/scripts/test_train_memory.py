@@ -1,0 +1,32 @@
+"""`scripts.train_memory` writes an adapter that `scripts.convert` puts in, and refuses in one line."""
+
+from safetensors.torch import load_file
+
+from modeling_bwr_dnc import BwrDncForCausalLM
+from scripts import convert, train_memory
+
+
+def test_an_adapter_goes_into_a_conversion(call, tiny_source, tiny_model, tmp_path):
+    adapter = tmp_path / "memory.safetensors"
+    code, output, errors = call(
+        train_memory, "--model", tiny_model, "--output", adapter, "--tokens", 3000, "--pooling", 5
+    )
+    assert code == 0 and "by layer" in output, errors
+    code, output, errors = call(
+        convert, "--source", tiny_source, "--output", tmp_path / "model", "--memory-adapter", adapter
+    )
+    assert code == 0 and "from the memory adapter" in output, errors
+    model = BwrDncForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.salience_pooling == 5
+    for name, tensor in load_file(adapter).items():
+        assert tensor.any() and tensor.equal(model.state_dict()[name])
+
+
+def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
+    arguments = ["--model", tiny_model, "--output", tmp_path / "memory.safetensors"]
+    assert_refused("an odd number", train_memory, *arguments, "--pooling", 4)
+    assert_refused("must be positive", train_memory, *arguments, "--tokens", 0)
+    assert_refused("no file at", train_memory, *arguments, "--text", tmp_path / "nowhere.txt")
+    assert_refused("both are needed", train_memory, *arguments, "--text", document, "--tokens", 30)
+    (tmp_path / "memory.safetensors").write_bytes(b"precious")
+    assert_refused("exists already", train_memory, *arguments)
