@@ -55,7 +55,7 @@ def train_memory(arguments: argparse.Namespace) -> None:
     texts = [read_text_file(path) for path in arguments.text] or [python_manual()]
     tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: arguments.tokens] for text in texts]
     begin = time.monotonic()
-    with tqdm(total=sum(map(len, tokens)), unit="tok", desc="reading") as progress:
+    with tqdm(total=sum(map(len, tokens)), unit="tok", desc="reading", delay=1) as progress:
 
         def on_progress(num_tokens: int) -> None:
             # The hidden facts come on top of the texts.
