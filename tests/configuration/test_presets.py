@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_bwr_dnc import BwrDncConfig
 from modeling_bwr_dnc.presets import list_presets, preset_path, tokenizer_path
+from modeling_bwr_dnc.training.recipe import read_recipe
+from modeling_bwr_dnc.training.run import new_model, training_arguments
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {
@@ -105,6 +107,21 @@ def test_tiny_preset_generates():
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(preset_path("bwr-dnc-tiny"))).eval()
     tokens = torch.arange(10, 110)[None]
     assert model.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=-1).shape == (1, 103)
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_preset_has_a_training_recipe_that_overflows_its_memory(name, tmp_path):
+    path = preset_path(name) / "training.yaml"
+    recipe = read_recipe(path, [f"training.output_dir={tmp_path}", "training.use_cpu=true"])
+    assert recipe.model == name and recipe.method == "full"
+    arguments = training_arguments(recipe)
+    assert arguments.memory_learning_rate > arguments.learning_rate and arguments.max_steps > 0
+    with torch.device("meta"):
+        config = new_model(recipe, AutoTokenizer.from_pretrained(tokenizer_path())).config
+    raw, twofold, fourfold = config.memory_slots
+    assert recipe.data.sequence_length > raw + 2 * twofold + 4 * fourfold + 2 * config.segment_length
+    with pytest.raises(ValueError, match="did you mean 'warmup_steps'"):
+        read_recipe(path, ["training.warmup_step=3"])
 
 
 @pytest.mark.parametrize("name", ["bwr-dnc-7b", "", "../modeling_bwr_dnc"])
