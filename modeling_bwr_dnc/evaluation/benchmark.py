@@ -452,9 +452,10 @@ class Benchmark:
                 {name: partial(start, name) for name in names}, 1 + self.settings.rounds, self._seconds_left()
             )
         for name in names:
-            import_seconds, load_seconds, token_seconds = (middle(list(part)) for part in zip(*phases[name][1:]))
+            warm = slice(1 if len(rounds[name]) > 1 else 0, None)
+            import_seconds, load_seconds, token_seconds = (middle(list(part)) for part in zip(*phases[name][warm]))
             self._note(
-                "cold", name, COLD_START_TOKENS, 1, rounds[name][1:],
+                "cold", name, COLD_START_TOKENS, 1, rounds[name][warm],
                 import_seconds=import_seconds, load_seconds=load_seconds, token_seconds=token_seconds,
             )  # fmt: skip
 
