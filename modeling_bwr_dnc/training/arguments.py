@@ -34,6 +34,14 @@ class BwrDncTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Update each parameter as soon as its gradient is complete, and free the gradient at once."},
     )
+    return_freed_memory: bool = field(
+        default=True,
+        metadata={"help": "On a CPU, give freed memory back at once: a lower and predictable peak, a little slower."},
+    )
+    use_cache: bool = field(
+        default=True,
+        metadata={"help": "The setting of the saved model (the library switches it off there); training needs none."},
+    )
     log_memory: bool = field(default=True, metadata={"help": "Log what the memory holds, forgets and learns."})
 
     def __post_init__(self):

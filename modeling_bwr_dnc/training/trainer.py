@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..state_bank import StateBankCache
+from .allocator import return_freed_memory
 from .arguments import BwrDncTrainingArguments
 from .memory_metrics import GateMovement, bank_metrics, is_memory_parameter
 from .spans import read_in_spans, shift_labels
@@ -31,6 +32,8 @@ class BwrDncTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.return_freed_memory and self.args.device.type == "cpu":
+            return_freed_memory()
         if self.is_deepspeed_enabled and self.args.span_length and self.args.gradient_spans:
             raise ValueError(
                 "DeepSpeed updates the weights after every backward pass, but detached spans need several per step; set "

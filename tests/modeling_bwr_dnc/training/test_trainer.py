@@ -127,6 +127,16 @@ def test_a_failed_save_leaves_the_last_checkpoint_intact(train, tmp_path, failin
     assert {path.name: path.read_bytes() for path in (folder / "checkpoint-1").iterdir()} == before
 
 
+def test_saved_models_keep_their_cache_switched_on(train, tmp_path, rows):
+    """The library switches it off for training, and would save that."""
+    train(max_steps=1, save_strategy="steps", save_steps=1, gradient_checkpointing=True)
+    model = BwrDncForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1")
+    assert model.config.use_cache
+    ids = torch.tensor([rows[0]["input_ids"]])
+    written = model.generate(ids, max_new_tokens=3, eos_token_id=-1, do_sample=False, return_dict_in_generate=True)
+    assert written.past_key_values.get_seq_length() == ids.shape[1] + 2
+
+
 def test_the_best_checkpoint_is_named_by_its_final_place(train, tmp_path):
     train(
         max_steps=2,
