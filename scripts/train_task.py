@@ -81,7 +81,6 @@ def train_task(arguments: argparse.Namespace) -> None:
             config = small_config(kind, task, arguments.memory_slots, **settings)
             learned = learn(
                 config,
-                trained,
                 stages,
                 arguments.steps,
                 seed,

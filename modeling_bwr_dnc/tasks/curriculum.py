@@ -6,6 +6,7 @@ moves it up or down. Every group of rows has a random length of whole segments u
 learned.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -64,6 +65,7 @@ class Curriculum:
         facts_per_token: facts in a row of one token; with 1/16, a row of 256 tokens holds 16 pairs.
         promote_at, demote_at: success rates, in [0, 1], that move a step up and down.
         rows_per_length: rows in a row that share task and length, such as a batch.
+        random_lengths: random numbers of segments up to the step's length; False: always that length.
     """
 
     segment_length: int = 16
@@ -75,16 +77,17 @@ class Curriculum:
     promote_at: float = 0.9
     demote_at: float = 0.3
     rows_per_length: int = 1
+    random_lengths: bool = True
     seed: int = 0
     step: int = field(default=0, init=False)
 
     def __post_init__(self):
         require(len(self.phases) > 0, "phases", self.phases, "have at least one phase")
         require(
-            0 <= self.demote_at < self.promote_at <= 1,
+            0 <= self.demote_at <= self.promote_at <= 1,
             "promote_at",
             self.promote_at,
-            f"be at most 1 and above demote_at ({self.demote_at})",
+            f"be at most 1 and not below demote_at ({self.demote_at})",
         )
         require(
             2 * self.segment_length <= self.phases[0].length,
@@ -117,6 +120,10 @@ class Curriculum:
     def is_at_the_top(self) -> bool:
         return self.step == len(self.ladder) - 1
 
+    def go_to_the_top(self) -> None:
+        """Begin with the hardest step: all tasks, at the greatest length."""
+        self.step = len(self.ladder) - 1
+
     def task(self, random: np.random.Generator, at_full_length: bool = False) -> SymbolTask:
         """A task of the present step, of random kind and length."""
         phase, longest, share = self.ladder[self.step]
@@ -124,25 +131,39 @@ class Curriculum:
         lengths = [count * self.segment_length for count in SEGMENT_COUNTS]
         # Shorter than two segments nothing but the window is used.
         lengths = [length for length in lengths if 2 * self.segment_length <= length < longest] + [longest]
+        at_full_length = at_full_length or not self.random_lengths
         length = longest if at_full_length else int(random.choice(lengths))
+        return self._task(str(name), length, share, seed=int(random.integers(2**31)))
+
+    def _task(self, name: str, length: int, share: float, seed: int) -> SymbolTask:
         num_symbols = max(4, round(share * (self.vocab_size - 8) / 3))
         num_facts = max(2, round(length * self.facts_per_token))
         return task_of_length(
-            str(name),
-            length,
-            num_facts,
-            vocab_size=self.vocab_size,
-            symbols_per_kind=num_symbols,
-            seed=int(random.integers(2**31)),
+            name, length, num_facts, vocab_size=self.vocab_size, symbols_per_kind=num_symbols, seed=seed
         )
+
+    def tasks(self, step: int | None = None, seed: int = 10_000) -> dict[str, SymbolTask]:
+        """The tasks of a step (None: the present one) at its full length, by name, with rows that training does not see."""
+        phase, length, share = self.ladder[self.step if step is None else step]
+        return {name: self._task(name, length, share, seed) for name in phase.shares}
+
+    def group(self, index: int) -> SymbolTask:
+        """Task number `index`; at the same step always the same one, so that a resumed training goes on where it was."""
+        return self.task(np.random.default_rng([self.seed, index]))
 
     def rows(self) -> Iterator[dict[str, list[int]]]:
         """Endless rows; a change of step shows from the next group on."""
-        random = np.random.default_rng(self.seed)
-        while True:
-            task = self.task(random)
+        for number in itertools.count():
+            task = self.group(number)
             for index in range(self.rows_per_length):
                 yield task.row(index)
+
+    def batches(self, num_steps: int, tokens_per_batch: int) -> Iterator[dict]:
+        """One batch per step: `input_ids` and `labels` [B, T] of one task, of about `tokens_per_batch` tokens."""
+        for number in range(num_steps):
+            task = self.group(number)
+            input_ids, labels = task.batch(range(max(1, tokens_per_batch // task.length)))
+            yield {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
 
     def dataset(self) -> IterableDataset:
         """Endless rows that follow this object: read them in its own process, without workers."""

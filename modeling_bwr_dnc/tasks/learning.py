@@ -19,6 +19,8 @@ from ..configuration_bwr_dnc import BwrDncConfig
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..training.arguments import BwrDncTrainingArguments
 from ..training.trainer import BwrDncTrainer
+from .curriculum import Curriculum
+from .curriculum_callback import CurriculumCallback
 from .task import Task, require
 
 # What is trained alike and compared: the memory, full attention (slots that hold everything, positions as ranks), and sinks and
@@ -112,8 +114,7 @@ class Learned:
 
 def learn(
     config: BwrDncConfig,
-    task: Task,
-    stages: Sequence[Stage],
+    stages: Sequence[Stage] | Curriculum,
     num_steps: int = 700,
     seed: int = 0,
     tokens_per_batch: int = 2048,
@@ -123,12 +124,15 @@ def learn(
     measure: Callable[[BwrDncForCausalLM], float] | None = None,
     measure_every: int = 50,
     stop_at: float | None = None,
+    adapt_every: int | None = 50,
 ) -> Learned:
     """
-    Train a new model on a task.
+    Train a new model on a task, or on the tasks of a curriculum.
 
     Args:
         stages: see `staged`; `[Stage(task, 1.0)]` trains at full length from the start.
+        adapt_every: steps after which the success at a curriculum is measured, to move it; None: it stays where it is. The time
+            that this takes counts as training.
         memory_learning_rate: of salience, routing and compressor, which get no weight decay.
         retention_noise: Gumbel noise on what the memory keeps, without which an entry that is never kept is never tried.
         measure: accuracy of the model; called every `measure_every` steps.
@@ -138,15 +142,8 @@ def learn(
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     model = BwrDncForCausalLM(config)
-    rows = IterableDataset.from_generator(
-        batches,
-        gen_kwargs={
-            "stages": tuple(stages),
-            "num_steps": num_steps,
-            "tokens_per_batch": tokens_per_batch,
-            "seed": seed,
-        },
-    )
+    source = {"stages": [stages], "num_steps": num_steps, "tokens_per_batch": tokens_per_batch, "seed": seed}
+    rows = IterableDataset.from_generator(_batches, gen_kwargs=source)
     watch = _Watch(measure, measure_every, stop_at)
     with tempfile.TemporaryDirectory() as folder:
         arguments = BwrDncTrainingArguments(
@@ -165,6 +162,7 @@ def learn(
             save_strategy="no",
             logging_strategy="no",
             log_memory=False,
+            return_freed_memory=False,
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -173,10 +171,18 @@ def learn(
             model=model, args=arguments, train_dataset=rows, data_collator=_whole_batch, callbacks=[watch]
         )
         trainer.remove_callback(PrinterCallback)
+        if isinstance(stages, Curriculum) and adapt_every is not None:
+            CurriculumCallback(stages, adapt_every).follow(trainer)
         trainer.train()
-    # The Trainer switches it off for training.
-    model.config.use_cache = True
     return Learned(model.eval(), watch.elapsed(), watch.curve)
+
+
+def _batches(stages: list, num_steps: int, tokens_per_batch: int, seed: int) -> Iterator[dict]:
+    for source in stages:
+        if isinstance(source, Curriculum):
+            yield from source.batches(num_steps, tokens_per_batch)
+        else:
+            yield from batches(source, num_steps, tokens_per_batch, seed)
 
 
 def _whole_batch(items: list[dict]) -> dict[str, torch.Tensor]:

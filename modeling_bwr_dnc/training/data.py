@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
+from datasets import Dataset, Features, IterableDataset, List, Value, interleave_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from .token_loss import IGNORED
@@ -20,6 +20,8 @@ from .token_loss import IGNORED
 # File name endings that `datasets` reads, and the name of its reader.
 READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PACKED_COLUMNS = ("input_ids", "labels", "position_ids")
+# Said for every source: only what is of one type can be mixed.
+ROW_FEATURES = Features({name: List(Value("int64")) for name in PACKED_COLUMNS})
 
 
 @dataclass
@@ -217,7 +219,8 @@ def build_rows(
                 raise ValueError(f"the task {source.task!r} cannot be generated here; name files as sources")
             # Whatever is wrong with it is said here, and not from inside a data loader.
             make_task(source)
-            parts.append(IterableDataset.from_generator(_examples, gen_kwargs={"make": make_task, "source": source}))
+            options = {"make": make_task, "source": source}
+            parts.append(IterableDataset.from_generator(_examples, features=ROW_FEATURES, gen_kwargs=options))
             continue
         documents = load_documents(source, streaming)
         if streaming:
@@ -227,6 +230,7 @@ def build_rows(
             batched=True,
             batch_size=1000,
             remove_columns=documents.column_names or list(next(iter(documents.take(1)))),
+            features=ROW_FEATURES,
             fn_kwargs={"source": source, "tokenizer": tokenizer, "length": sequence_length, "packing": packing},
         )
         if not streaming and len(rows) == 0 or streaming and next(iter(rows.take(1)), None) is None:

@@ -14,6 +14,8 @@ from ..configuration_bwr_dnc import BwrDncConfig
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..peft_defaults import MEMORY_MODULES, NOT_QUANTIZED
 from ..presets import list_presets, preset_path, tokenizer_path
+from ..tasks import PHASES, TASKS, Curriculum
+from ..tasks.curriculum_callback import CurriculumCallback
 from .arguments import BwrDncTrainingArguments
 from .data import DataSource, RowCollator, build_rows, split_validation
 from .memory_metrics import is_memory_parameter
@@ -72,8 +74,9 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
     if checkpoint is not None:
         check_checkpoint(checkpoint, model)
     model = prepare_for_method(model, recipe)
+    curricula = Curricula(model.config.segment_length, arguments.train_batch_size, arguments.seed)
     with arguments.main_process_first(desc="reading the data"):
-        train_rows, validation_rows = load_rows(recipe, tokenizer, arguments.seed)
+        train_rows, validation_rows = load_rows(recipe, tokenizer, arguments.seed, curricula)
     if validation_rows is None and arguments.eval_strategy != "no":
         raise ValueError(
             "`training.eval_strategy` asks for evaluation; name `data.validation` or `data.validation_fraction`"
@@ -92,6 +95,8 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
     except (ImportError, RuntimeError) as error:
         # A missing logger or optimizer library says what to install.
         raise ValueError(str(error)) from error
+    for callback in curricula.callbacks:
+        callback.follow(trainer)
     output = trainer.train(resume_from_checkpoint=checkpoint)
     eval_loss = trainer.evaluate()["eval_loss"] if validation_rows is not None else None
     folder = save_result(trainer, recipe, tokenizer)
@@ -194,14 +199,29 @@ def load_model(recipe: Recipe) -> BwrDncForCausalLM:
     _require_folder_or_hub_name(name)
     check_settings(recipe.model_settings)
     check_is_ours(AutoConfig.from_pretrained(name), name)
-    options = {"dtype": getattr(torch, recipe.dtype)}
-    if recipe.method == "qlora":
-        options["quantization_config"] = quantization_config(recipe.quantization, options["dtype"])
-        options["device_map"] = {"": _own_device()}
-    model = BwrDncForCausalLM.from_pretrained(name, **options, **recipe.model_settings)
+    quantization = recipe.quantization if recipe.method == "qlora" else None
+    model = load_base(name, getattr(torch, recipe.dtype), quantization, **recipe.model_settings)
     for parameter_name, parameter in model.named_parameters():
         if is_memory_parameter(parameter_name) and recipe.method != "full":
             parameter.data = parameter.data.float()
+    return model
+
+
+def load_base(name: str, dtype: torch.dtype, quantization: str | None = None, **settings) -> BwrDncForCausalLM:
+    """Pretrained weights, with the projections of the layers quantised if asked for."""
+    if quantization is None:
+        return BwrDncForCausalLM.from_pretrained(name, dtype=dtype, **settings)
+    model = BwrDncForCausalLM.from_pretrained(
+        name,
+        dtype=dtype,
+        quantization_config=quantization_config(quantization, dtype),
+        device_map={"": _own_device()},
+        **settings,
+    )
+    # What is not quantised still lies in the mapped file, which would keep the unquantised rest of it in memory, too.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
     return model
 
 
@@ -274,9 +294,43 @@ def add_adapter(model: BwrDncForCausalLM, settings: dict) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------------------ data
 
 
-def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int):
+CURRICULUM = "curriculum"
+
+
+class Curricula:
+    """
+    The curricula among the sources of a run, each with the callback that moves it.
+
+    A source is `{task: curriculum, options: {...}}`; its options are `first_length` and the fields of `Curriculum` and
+    `CurriculumCallback`.
+    """
+
+    def __init__(self, segment_length: int, batch_size: int, seed: int):
+        self.defaults = {"segment_length": segment_length, "rows_per_length": batch_size, "seed": seed}
+        self.callbacks: list = []
+        self.by_source: dict[int, Curriculum] = {}
+
+    def examples(self, source: DataSource):
+        """Examples of a generated task, without end; the same curriculum whenever it is asked for."""
+        if source.task != CURRICULUM:
+            return make_task(source)
+        if id(source) not in self.by_source:
+            options = self.defaults | source.options
+            following = {name: options.pop(name) for name in ("every", "num_rows") if name in options}
+            try:
+                curriculum = Curriculum.scaled(options.pop("first_length", PHASES[0].length), **options)
+                self.callbacks.append(CurriculumCallback(curriculum, **following))
+            except TypeError as error:
+                raise ValueError(f"`options` of the curriculum do not fit: {error}") from None
+            self.by_source[id(source)] = curriculum
+        return self.by_source[id(source)].rows()
+
+
+def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, curricula: Curricula):
     """Training rows, and validation rows or None."""
     data = recipe.data
+    if any(source.task == CURRICULUM for source in data.validation):
+        raise ValueError("a curriculum changes while it is read, so it cannot validate; name one of its tasks instead")
 
     def build(sources, streaming):
         return build_rows(
@@ -286,7 +340,7 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int):
             packing=data.packing,
             streaming=streaming,
             seed=seed,
-            make_task=make_task,
+            make_task=curricula.examples,
         )
 
     rows = build(data.sources, data.streaming)
@@ -299,10 +353,8 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int):
 
 def make_task(source: DataSource):
     """Examples of a generated task, without end, by its name."""
-    from ..tasks import TASKS
-
     if source.task not in TASKS:
-        raise ValueError(f"there is no task {source.task!r}; known are {', '.join(sorted(TASKS))}")
+        raise ValueError(f"there is no task {source.task!r}; known are {', '.join(sorted([*TASKS, CURRICULUM]))}")
     try:
         return TASKS[source.task](**source.options).dataset()
     except TypeError as error:
@@ -315,7 +367,6 @@ def make_task(source: DataSource):
 def save_result(trainer: BwrDncTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Write the model, or the adapter, to a folder that appears when it is complete."""
     output, arguments = Path(trainer.args.output_dir), trainer.args
-    trainer.model.config.use_cache = True
     name = "adapter" if recipe.uses_adapter else "model"
     with complete_folder(output / name, arguments.should_save, trainer.accelerator.wait_for_everyone) as folder:
         trainer.save_model(str(folder))

@@ -87,20 +87,45 @@ def test_a_stopped_run_goes_on_with_the_same_losses(call, recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(call, recipe, tmp_path):
+def test_a_run_killed_in_a_step_and_then_while_saving_loses_no_checkpoint(call, recipe, tmp_path):
     options = ("training.max_steps=12", "training.save_steps=1", "training.save_total_limit=3")
-    command = [sys.executable, "-m", "scripts.train", "--config", str(recipe), *options]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "scripts.train", "--config", str(recipe), *options, "--resume"]
     run = tmp_path / "run"
-    while not (run / "checkpoint-3").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = sorted(path.name for path in run.glob("checkpoint-*"))
-    assert kept and not (run / "model").exists()
-    for name in kept:
-        assert (run / name / "trainer_state.json").is_file() and (run / name / "optimizer.pt").is_file()
+    staged = run / ".incomplete"
+
+    def kill_when(is_the_moment):
+        """The process stands still while the moment is judged, so that none is missed."""
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            while process.poll() is None:
+                if is_the_moment():
+                    process.send_signal(signal.SIGSTOP)
+                    if is_the_moment():
+                        return
+                    process.send_signal(signal.SIGCONT)
+                time.sleep(0.0005)
+            raise AssertionError(f"it ended with {process.returncode} before the moment came")
+        finally:
+            process.kill()
+            process.wait()
+
+    def last():
+        return max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")), default=0)
+
+    def assert_whole(step):
+        assert last() == step and not (run / "model").exists()
+        for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+            assert (run / f"checkpoint-{step}" / name).stat().st_size > 0
+
+    kill_when(lambda: last() >= 3 and not staged.exists())
+    before = last()
+    assert_whole(before)
+    # While a later checkpoint is half written.
+    kill_when(lambda: last() > before and any(staged.glob("checkpoint-*/model.safetensors")))
+    assert any(staged.glob(f"checkpoint-{last() + 1}/model.safetensors"))
+    assert_whole(last())
     assert call(train, "--config", recipe, *options, "--resume")[0] == 0
+    assert not staged.exists()
     resumed = history(run)
     shutil.rmtree(run)
     assert call(train, "--config", recipe, *options)[0] == 0
@@ -141,9 +166,34 @@ def test_tasks_are_data(call, recipe):
     assert code == 0, errors
 
 
+def test_a_curriculum_follows_the_model_and_goes_on_where_it_was(call, recipe, book, tmp_path):
+    options = (
+        "first_length: 32, vocab_size: 40, segment_length: 8, every: 1, num_rows: 2, promote_at: 0.0, demote_at: 0.0"
+    )
+    sources = f"data.sources=[{{task: curriculum, options: {{{options}}}}}, {book}]"
+    arguments = (sources, "data.validation_fraction=null", "training.max_steps=8", "training.save_steps=4")
+    code, _, errors = call(train, "--config", recipe, *arguments)
+    assert code == 0, errors
+    run = tmp_path / "run"
+
+    def steps():
+        entries = json.loads((run / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+        return [
+            (entry["curriculum/step"], entry["curriculum/length"]) for entry in entries if "curriculum/step" in entry
+        ]
+
+    # A rate of 0 is enough here, so every look moves it on, from 32 to 128 tokens.
+    assert steps() == [(1, 32), (2, 32), (3, 64), (4, 64), (5, 64), (6, 128), (7, 128), (8, 128)]
+    whole = history(run)
+    shutil.rmtree(run / "checkpoint-8")
+    assert call(train, "--config", recipe, *arguments, "--resume")[0] == 0
+    assert history(run) == whole and len(steps()) == 8
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["data.sources=[{task: curriculum, options: {nonsense: 1}}]"], "nonsense"),
         (["training.learning_rat=1"], "did you mean 'learning_rate'?"),
         (["dta.packing=true"], "did you mean 'data'?"),
         (["data.sources=missing.txt"], "no file or folder missing.txt"),

@@ -47,7 +47,7 @@ def weights(model):
 def test_a_seed_gives_one_model_and_training_moves_the_memory():
     def train(seed):
         config = small_config("memory", TASK, [4, 2, 2], hidden_size=32, intermediate_size=32, segment_length=8)
-        return learn(config, TASK, staged(TASK, 32), num_steps=6, seed=seed, tokens_per_batch=128)
+        return learn(config, staged(TASK, 32), num_steps=6, seed=seed, tokens_per_batch=128)
 
     first, second, other = train(0), train(0), train(1)
     assert torch.equal(weights(first.model), weights(second.model))
@@ -61,7 +61,6 @@ def test_measuring_on_the_way_and_stopping_early():
     config = small_config("window", TASK, hidden_size=16, intermediate_size=16)
     learned = learn(
         config,
-        TASK,
         [Stage(TASK, 1.0)],
         num_steps=20,
         tokens_per_batch=64,
@@ -78,7 +77,7 @@ def test_it_learns():
     config = small_config(
         "memory", task, [8, 0, 0], segment_length=4, num_sink_tokens=0, hidden_size=32, intermediate_size=32
     )
-    learned = learn(config, task, [Stage(task, 1.0)], num_steps=80, tokens_per_batch=768, learning_rate=1e-2)
+    learned = learn(config, [Stage(task, 1.0)], num_steps=80, tokens_per_batch=768, learning_rate=1e-2)
     unseen = Copy(length=12, vocab_size=12, num_symbols=2, seed=10_000)
     assert task_accuracy(learned.model, unseen, 64, batch_size=64)["token"] > 0.6
 
@@ -87,7 +86,7 @@ def test_it_learns():
 def test_recall_far_beyond_the_training_length():
     """ARCHITECTURE's second prototype: trained on at most 256 tokens, with 56 slots, right at 2,048."""
     task = Lookup(length=256)
-    learned = learn(small_config("memory", task), task, staged(task))
+    learned = learn(small_config("memory", task), staged(task))
     for length in (256, 2048):
         unseen = Lookup(length=length, seed=10_000)
         assert task_accuracy(learned.model, unseen, 16)["exact"] > 0.99

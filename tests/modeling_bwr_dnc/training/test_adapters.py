@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
@@ -5,7 +7,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.peft_defaults import IA3_TARGETS, LORA_TARGETS
 from modeling_bwr_dnc.training.memory_metrics import is_memory_parameter
-from modeling_bwr_dnc.training.run import add_adapter, quantization_config
+from modeling_bwr_dnc.training.run import add_adapter, load_base
 from tests.modeling_bwr_dnc.builders import tiny_config
 from tests.modeling_bwr_dnc.training.conftest import losses
 
@@ -53,9 +55,9 @@ def test_an_adapter_trains_the_memory_too_and_round_trips(model, train, tmp_path
 @pytest.mark.parametrize("kind", ["nf4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "fp4"))])
 def test_a_quantised_base_keeps_the_memory_whole_and_learns(model, train, tmp_path, kind):
     model.save_pretrained(tmp_path / "base")
-    base = BwrDncForCausalLM.from_pretrained(
-        tmp_path / "base", quantization_config=quantization_config(kind, torch.float32), dtype=torch.float32
-    )
+    base = load_base(tmp_path / "base", torch.float32, kind)
+    # Nor does it hold the file any longer, in which the weights lie unquantised.
+    assert str(tmp_path / "base") not in Path("/proc/self/maps").read_text()
     for name, parameter in base.named_parameters():
         if "_proj" in name:
             assert parameter.dtype in (torch.int8, torch.uint8), name
