@@ -4,9 +4,11 @@ How much memory a training step needs, before it is taken: simulated on tensors 
 The simulation runs the very code of a step (`read_in_spans`, autograd, checkpointing) and adds up what is alive after every
 operation. Optimizer states, and what an update needs for a moment, are computed from the shapes of the parameters. What a
 running process holds beside tensors (Python, PyTorch and its libraries) is measured, in one that trains next to nothing.
+
+Small tensors come from a heap that the C library never shrinks, large ones from the system (`allocator.py`): the heap is as
+large as the most that it ever held, so the peaks of small and of large tensors add up, whenever each of them is.
 """
 
-import ctypes
 import functools
 import json
 import math
@@ -30,9 +32,11 @@ from transformers import AutoConfig
 from ..configuration_bwr_dnc import BwrDncConfig
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..presets import list_presets, preset_path
+from .allocator import LARGE
 from .memory_metrics import is_memory_parameter
 from .spans import read_in_spans
 
+SIZES = ("small", "large")
 PARTS = ("weights", "gradients", "optimizer", "activations", "bank", "libraries")
 PRECISIONS = ("float32", "bf16-autocast", "bfloat16")
 # Bytes of optimizer state per element, in 32 bits, and whether matrices are kept in 8 bits (with a scale per 256 elements).
@@ -110,15 +114,23 @@ class MemoryPlan:
 # ------------------------------------------------------------------------------------------------------------ simulation
 
 
+Peaks = dict[tuple, dict[str, dict[str, int]]]  # by phase of a step, "small" or "large", and part
+
+
 class LiveStorage(TorchDispatchMode):
-    """Adds up the storages that are alive, each in the part it was put into; remembers them at the peak of every phase."""
+    """
+    Adds up the storages that are alive, each in the part it was put into, small ones apart from large ones.
+
+    Attributes:
+        peaks: the most that each phase of the step held.
+    """
 
     def __init__(self):
         super().__init__()
         self.part_of: dict[int, tuple[str, int]] = {}  # by the id of a live storage: its part and bytes
-        self.live = dict.fromkeys(PARTS, 0)
+        self.live = {size: dict.fromkeys(PARTS, 0) for size in SIZES}
         self.phase: tuple = ("begin",)
-        self.peaks: dict[tuple, dict[str, int]] = {}  # by phase
+        self.peaks: Peaks = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -137,24 +149,36 @@ class LiveStorage(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self.part_of:
-            size = storage.nbytes() if num_bytes is None else num_bytes
-            self.part_of[key] = ("activations", size)
-            self.live["activations"] += size
+            count = storage.nbytes() if num_bytes is None else num_bytes
+            self.part_of[key] = ("activations", count)
+            self.live[size_of(count)]["activations"] += count
             weakref.finalize(storage, self._forget, key)
         if part is not None:
-            before, size = self.part_of[key]
-            self.live[before] -= size
-            self.live[part] += size
-            self.part_of[key] = (part, size)
+            before, count = self.part_of[key]
+            self.live[size_of(count)][before] -= count
+            self.live[size_of(count)][part] += count
+            self.part_of[key] = (part, count)
 
     def _forget(self, key: int) -> None:
-        part, size = self.part_of.pop(key)
-        self.live[part] -= size
+        part, count = self.part_of.pop(key)
+        self.live[size_of(count)][part] -= count
 
-    def note_peak(self, extra: int = 0) -> None:
-        """Remember the present if it is the most of its phase; `extra` bytes of the optimizer exist just for now."""
-        if sum(self.live.values()) + extra > sum(self.peaks.get(self.phase, {}).values()):
-            self.peaks[self.phase] = self.live | {"optimizer": self.live["optimizer"] + extra}
+    def add_state(self, parts: "OptimizerBytes") -> None:
+        """Count the states of a parameter."""
+        self.live[size_of(parts.largest_state)]["optimizer"] += parts.states
+
+    def note_peak(self, update: "OptimizerBytes | None" = None) -> None:
+        """Remember the present if it is the most of its phase; `update` exists just for now."""
+        peaks = self.peaks.setdefault(self.phase, {size: dict.fromkeys(PARTS, 0) for size in SIZES})
+        for size in SIZES:
+            extra = update.update if update is not None and size == size_of(update.largest_update) else 0
+            if sum(self.live[size].values()) + extra > sum(peaks[size].values()):
+                peaks[size] = self.live[size] | {"optimizer": self.live[size]["optimizer"] + extra}
+
+
+def size_of(num_bytes: int) -> str:
+    """Whether a tensor is small or large to the C library."""
+    return "large" if num_bytes >= LARGE else "small"
 
 
 def plan_memory(setting: TrainingSetting, libraries: int | None = None) -> MemoryPlan:
@@ -172,18 +196,36 @@ def plan_memory(setting: TrainingSetting, libraries: int | None = None) -> Memor
     period = next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
     rest, count = len(kinds) % period, len(kinds) // period
     if count <= 3:
-        peaks = list(_simulate(setting).values())
+        peaks = _simulate(setting)
     else:
         # With every further repetition of its layers a model needs the same again, in each phase of a step.
         one, two = (
             _simulate(_with_layers(setting, kinds[: repeats * period + rest]), period, period + rest)
             for repeats in (1, 2)
         )
-        peaks = [
-            {part: one[phase][part] + (count - 1) * (two[phase][part] - one[phase][part]) for part in PARTS}
+        peaks = {
+            phase: {
+                size: {
+                    part: one[phase][size][part] + (count - 1) * (two[phase][size][part] - one[phase][size][part])
+                    for part in PARTS
+                }
+                for size in SIZES
+            }
             for phase in one.keys() & two.keys()
-        ]
-    return MemoryPlan(max(peaks, key=lambda parts: sum(parts.values())) | {"libraries": libraries})
+        }
+    step = highest(peaks)
+    loading = _loading(setting)
+    parts = step if sum(step.values()) >= sum(loading.values()) else loading
+    return MemoryPlan(parts | {"libraries": libraries})
+
+
+def highest(peaks: Peaks) -> dict[str, int]:
+    """Bytes by part at the peak of a step: that of its large tensors, and that of the heap of its small ones."""
+    large, small = (
+        max((phase[size] for phase in peaks.values()), key=lambda parts: sum(parts.values()))
+        for size in ("large", "small")
+    )
+    return {part: large[part] + small[part] for part in PARTS}
 
 
 def largest_length(
@@ -223,9 +265,9 @@ def _with_layers(setting: TrainingSetting, kinds: list[str]) -> TrainingSetting:
     return replace(setting, model_settings=settings)
 
 
-def _simulate(setting: TrainingSetting, num_bottom: int = 0, num_top: int = 0) -> dict[tuple, dict[str, int]]:
+def _simulate(setting: TrainingSetting, num_bottom: int = 0, num_top: int = 0) -> Peaks:
     """
-    Bytes by part at the peak of every phase of a step.
+    Bytes by size and part at the peak of every phase of a step.
 
     Phases are the forward passes, the backward pass of the head, the update, and the backward pass of each of the lowest
     `num_bottom` and the highest `num_top` layers (all layers together if both are 0).
@@ -237,34 +279,36 @@ def _simulate(setting: TrainingSetting, num_bottom: int = 0, num_top: int = 0) -
     with _fake_cpu(model):
         tracker = LiveStorage()
         quantized = _quantized_bytes(model, setting)
+        _dequantize_when_used(model, quantized, setting.quantization)
         for name, parameter in model.named_parameters():
             tracker.put(parameter, "weights", quantized.get(name))
         for buffer in model.buffers():
             tracker.put(buffer, "weights")
-        largest_update = 0
+        updates = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                state, moment = optimizer_bytes(name, parameter, setting.optimizer)
-                tracker.live["optimizer"] += state
-                largest_update = max(largest_update, moment)
+                update = optimizer_bytes(name, parameter, setting.optimizer)
+                tracker.add_state(update)
+                updates.append(update)
                 phase = ("backward", _layer_of(name)) if num_bottom + num_top else ("backward", None)
-                parameter.register_post_accumulate_grad_hook(_gradient_hook(tracker, setting, moment, phase))
+                parameter.register_post_accumulate_grad_hook(_gradient_hook(tracker, setting, update, phase))
         with tracker:
             _take_step(model, setting, tracker)
         tracker.phase = ("update",)
-        tracker.note_peak(largest_update)
+        for update in updates:
+            tracker.note_peak(update)
     if not num_bottom + num_top:
         return tracker.peaks
-    peaks = {}
-    for phase, parts in tracker.peaks.items():
+    peaks: Peaks = {}
+    for phase, held in tracker.peaks.items():
         layer = phase[1] if phase[0] == "backward" else None
         if layer is None:
-            peaks[phase] = parts
+            peaks[phase] = held
         else:
             if layer < num_bottom:
-                peaks["bottom", layer] = parts
+                peaks["bottom", layer] = held
             if layer >= num_layers - num_top:
-                peaks["top", num_layers - layer] = parts
+                peaks["top", num_layers - layer] = held
     return peaks
 
 
@@ -304,14 +348,14 @@ def _fake_cpu(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _gradient_hook(tracker: LiveStorage, setting: TrainingSetting, moment: int, phase: tuple):
-    """What follows the gradient of a parameter; `moment` is what its update needs for a moment."""
+def _gradient_hook(tracker: LiveStorage, setting: TrainingSetting, update: "OptimizerBytes", phase: tuple):
+    """What follows the gradient of a parameter."""
 
     def note(parameter: torch.Tensor) -> None:
         tracker.phase = phase
         tracker.put(parameter.grad, "gradients")
         if setting.optimizer_in_backward:
-            tracker.note_peak(moment)
+            tracker.note_peak(update)
             parameter.grad = None
 
     return note
@@ -323,15 +367,26 @@ def _put_bank(tracker: LiveStorage, cache) -> None:
             tracker.put(tensor, "bank")
 
 
-def optimizer_bytes(name: str, parameter: torch.Tensor, optimizer: str) -> tuple[int, int]:
-    """Bytes of the states of a parameter, and of what its update needs for a moment."""
+@dataclass(frozen=True)
+class OptimizerBytes:
+    """Bytes of the states of a parameter, and of what its update needs for a moment; and of the largest tensor in each."""
+
+    states: int
+    largest_state: int
+    update: int
+    largest_update: int
+
+
+def optimizer_bytes(name: str, parameter: torch.Tensor, optimizer: str) -> OptimizerBytes:
+    """What an optimizer needs for a parameter."""
     per_element, is_8bit = OPTIMIZERS[optimizer]
     count = parameter.numel()
     precise = count * 4
     if is_8bit and count >= SMALLEST_8BIT and not is_memory_parameter(name) and "embed_tokens" not in name:
         # One byte instead of four, and a 32-bit scale per block of 256. The update works on 32-bit copies.
-        return math.ceil(count * per_element / 4 * (1 + 4 / 256)), 3 * precise
-    return count * per_element, (2 if optimizer == "adamw_torch" else 3) * precise if per_element else 0
+        return OptimizerBytes(math.ceil(count * per_element / 4 * (1 + 4 / 256)), count, 3 * precise, precise)
+    copies = (2 if optimizer == "adamw_torch" else 3) if per_element else 0
+    return OptimizerBytes(count * per_element, precise, copies * precise, precise)
 
 
 def _quantized_bytes(model: nn.Module, setting: TrainingSetting) -> dict[str, int]:
@@ -343,6 +398,54 @@ def _quantized_bytes(model: nn.Module, setting: TrainingSetting) -> dict[str, in
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad and parameter.dim() == 2 and "_proj" in name and not is_memory_parameter(name)
     }
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """
+    A linear map as bitsandbytes computes it in training: with the whole matrix, dequantised anew for each use.
+
+    The one for int8 keeps its input where gradient checkpointing does not see it, so that nothing frees it before the backward
+    pass (bitsandbytes 0.50, `MatMul8bitFp`: `ctx.A = A`).
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, weight, keeps_input):
+        ctx.weight, ctx.inputs = weight, inputs if keeps_input else None
+        return nn.functional.linear(inputs, weight.to(inputs.dtype, copy=True))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.weight.to(gradient.dtype, copy=True), None, None
+
+
+def _dequantize_when_used(model: nn.Module, quantized: dict[str, int], quantization: str) -> None:
+    """Let the linear maps in `quantized`, by name of their weight, compute as quantised ones do."""
+    for name, module in model.named_modules():
+        if f"{name}.weight" in quantized:
+            module.forward = functools.partial(_quantized_linear, module, quantization == "int8")
+
+
+def _quantized_linear(module: nn.Module, keeps_input: bool, inputs: torch.Tensor) -> torch.Tensor:
+    return _QuantizedLinear.apply(inputs, module.weight, keeps_input)
+
+
+def _loading(setting: TrainingSetting) -> dict[str, int]:
+    """
+    Bytes by part while a base is quantised: what is done, and the whole file, which stays mapped to the end.
+
+    Other methods hold no more than their weights while they load.
+    """
+    parts = dict.fromkeys(PARTS, 0)
+    if setting.method != "qlora":
+        return parts
+    with torch.device("meta"):
+        model = build_model(setting)
+    quantized = _quantized_bytes(model, setting)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name and "modules_to_save" not in name:
+            count = parameter.numel() * parameter.element_size()
+            parts["weights"] += count + quantized.get(name, count)
+    return parts
 
 
 # --------------------------------------------------------------------------------------------------- the step, both ways
@@ -433,21 +536,6 @@ def baseline_of(setting: TrainingSetting) -> int:
     return process_baseline(setting.quantization if setting.method == "qlora" else None)
 
 
-def return_freed_memory() -> None:
-    """
-    Let the C library give every freed tensor of a megabyte or more back to the system at once (glibc).
-
-    By default it keeps freed blocks of up to 32 MB, scattered between those in use, which adds up to a large part of the peak.
-    """
-    threshold = -3  # M_MMAP_THRESHOLD
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").mallopt(threshold, 1 << 20)
-        except OSError:
-            # Another C library, which decides for itself.
-            return
-
-
 def measure_memory(setting: TrainingSetting, num_steps: int = 2, timeout: float | None = None) -> dict[str, float]:
     """
     Take real steps with `BwrDncTrainer` in a process of its own.
@@ -479,10 +567,9 @@ def _measure_here(setting: TrainingSetting, num_steps: int) -> dict[str, float]:
 
     from .arguments import BwrDncTrainingArguments
     from .data import RowCollator
-    from .run import add_adapter, quantization_config
+    from .run import add_adapter, load_base
     from .trainer import BwrDncTrainer
 
-    return_freed_memory()
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
         if setting.method == "qlora":
@@ -490,8 +577,7 @@ def _measure_here(setting: TrainingSetting, num_steps: int) -> dict[str, float]:
             maker = multiprocessing.get_context("spawn").Process(target=_save_base, args=(setting, folder))
             maker.start()
             maker.join()
-            quantization = quantization_config(setting.quantization, setting.dtype)
-            model = BwrDncForCausalLM.from_pretrained(folder, dtype=setting.dtype, quantization_config=quantization)
+            model = load_base(folder, setting.dtype, setting.quantization)
             model = add_adapter(model, dict(setting.adapter))
         else:
             model = build_model(setting)

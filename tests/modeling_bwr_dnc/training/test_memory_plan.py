@@ -5,7 +5,9 @@ import pytest
 from modeling_bwr_dnc.training.memory_plan import (
     PARTS,
     TrainingSetting,
+    _loading,
     _simulate,
+    highest,
     largest_length,
     measure_memory,
     model_config,
@@ -33,7 +35,7 @@ def test_weights_gradients_and_states_are_counted_exactly():
 def test_what_repeats_is_extrapolated():
     kinds = ["sink_window_attention", "state_bank_attention"] * 4
     setting = replace(SETTING, model_settings=SMALL | {"num_hidden_layers": 8, "layer_types": kinds})
-    whole = max(sum(parts.values()) for parts in _simulate(setting).values())
+    whole = sum(highest(_simulate(setting)).values())
     assert plan_memory(setting, libraries=0).total == pytest.approx(whole, rel=0.05)
 
 
@@ -41,21 +43,25 @@ def test_less_is_less():
     full = plan_memory(SETTING, 0).total
     assert plan_memory(replace(SETTING, sequence_length=256), 0).total > full
     assert plan_memory(replace(SETTING, method="lora"), 0).total < full
-    assert (
-        plan_memory(replace(SETTING, method="qlora"), 0).parts["weights"]
-        < plan_memory(replace(SETTING, method="lora"), 0).parts["weights"]
-    )
     long = replace(SETTING, sequence_length=4096, span_length=64)
     assert plan_memory(long, 0).total == plan_memory(replace(long, sequence_length=65536), 0).total
+
+
+def test_a_quantised_base_is_small_in_the_step_and_large_while_it_loads():
+    wide = replace(SETTING, method="qlora", model_settings=SMALL | {"intermediate_size": 1024})
+    nf4, int8 = (highest(_simulate(replace(wide, quantization=kind))) for kind in ("nf4", "int8"))
+    assert nf4["weights"] < int8["weights"] < _loading(wide)["weights"]
+    # The inputs of its linear maps outlive checkpointing.
+    assert int8["activations"] > nf4["activations"]
 
 
 def test_eight_bit_states_spare_embeddings_and_memory():
     import torch
 
     matrix = torch.empty(100, 100, device="meta")
-    assert optimizer_bytes("model.layers.0.mlp.up_proj.weight", matrix, "adamw_bnb_8bit")[0] == 20_313
+    assert optimizer_bytes("model.layers.0.mlp.up_proj.weight", matrix, "adamw_bnb_8bit").states == 20_313
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.memory.salience.weight"):
-        assert optimizer_bytes(name, matrix, "adamw_bnb_8bit")[0] == 80_000
+        assert optimizer_bytes(name, matrix, "adamw_bnb_8bit").states == 80_000
 
 
 def test_the_longest_that_fits_fits_and_the_next_does_not():
@@ -83,9 +89,9 @@ def test_the_plan_is_within_a_tenth_of_what_real_steps_need():
     shape = {"memory_slots": [128, 64, 32], "segment_length": 128, "num_hidden_layers": 3, "layer_types": None}
     shape["layer_types"] = ["sink_window_attention"] * 2 + ["state_bank_attention"]
     setting = TrainingSetting("bwr-dnc-60m", shape, sequence_length=512)
-    for settings in ({}, {"gradient_checkpointing": False}, {"method": "lora"}):
-        setting = replace(setting, **settings)
-        assert plan_memory(setting).total == pytest.approx(measure_memory(setting)["peak"], rel=0.1)
+    for settings in ({}, {"gradient_checkpointing": False}, {"method": "lora"}, {"method": "qlora"}):
+        case = replace(setting, **settings)
+        assert plan_memory(case).total == pytest.approx(measure_memory(case)["peak"], rel=0.1)
 
 
 @pytest.mark.slow
