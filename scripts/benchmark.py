@@ -31,6 +31,7 @@ from modeling_bwr_dnc.evaluation.benchmark_report import (
     markdown,
     summarize,
 )
+from modeling_bwr_dnc.evaluation.machine import CLOCKS
 from modeling_bwr_dnc.evaluation.peers import FULL, OURS, PEERS
 from modeling_bwr_dnc.presets import preset_path
 from scripts.command_line import run
@@ -83,6 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--rounds", type=int, help=f"rounds A B A B of a measurement, fewer if slow ({DEFAULTS['rounds']})"
     )
     process.add_argument("--decode-tokens", type=int, help="tokens to decode, over all rounds (a segment)")
+    process.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="processor: seconds in which this process really ran, for a machine that others keep busy; use one thread (wall)",
+    )
     process.add_argument("--minutes", type=float, help=f"begin nothing that would end later ({DEFAULTS['minutes']:g})")
     parser.add_argument("--output", default="benchmark_output", help="folder of the results (benchmark_output)")
     return parser
@@ -103,6 +110,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         rounds=arguments.rounds,
         decode_tokens=arguments.decode_tokens or config.segment_length,
         optimizer=arguments.optimizer,
+        clock=arguments.clock,
     )
     bench = Benchmark(settings, arguments.minutes, say=lambda line: print(line, file=sys.stderr, flush=True))
     asked = set(arguments.what)

@@ -84,6 +84,7 @@ class Settings:
     decode_tokens: int = 256
     optimizer: str = "adamw"
     seed: int = 0
+    clock: str = "wall"
 
     def apply(self) -> None:
         """Process settings, the same for all models."""
@@ -94,6 +95,9 @@ class Settings:
     def model(self, name: str) -> PreTrainedModel:
         torch.manual_seed(self.seed)
         return PEERS[name].build(self.config).to(self.device, getattr(torch, self.dtype))
+
+    def timed(self, function: Callable[[], object]) -> float:
+        return timed(function, self.device, self.clock)
 
     def token_ids(self, batch_size: int, length: int) -> torch.Tensor:
         """Random ids [batch_size, length]."""
@@ -138,7 +142,7 @@ def read(peer: Peer, model: PreTrainedModel, ids: torch.Tensor, cache=None) -> t
 
 
 def decode(
-    peer: Peer, model: PreTrainedModel, token: torch.Tensor, cache, num_tokens: int, device: str
+    settings: Settings, peer: Peer, model: PreTrainedModel, token: torch.Tensor, cache, num_tokens: int
 ) -> list[float]:
     """Seconds of each of `num_tokens` greedy steps that continue `cache` with `token` [B, 1]."""
     seconds = []
@@ -148,7 +152,7 @@ def decode(
             nonlocal token
             token, _ = read(peer, model, token, cache)
 
-        seconds.append(timed(step, device))
+        seconds.append(settings.timed(step))
     return seconds
 
 
@@ -177,7 +181,7 @@ def memory_of_training(settings: Settings, name: str, length: int, loss_kind: st
     if uses_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids, optimizer = settings.token_ids(1, length), new_optimizer(model, settings.optimizer)
-    seconds = timed(lambda: training_step(model, ids, loss_kind, optimizer), settings.device)
+    seconds = settings.timed(lambda: training_step(model, ids, loss_kind, optimizer))
     return {"seconds": seconds, "peak_bytes": machine.peak_memory(settings.device)}
 
 
@@ -186,7 +190,7 @@ def memory_of_reading(settings: Settings, name: str, length: int) -> dict:
     model, peer = settings.model(name), PEERS[name]
     read(peer, model, settings.token_ids(1, min(WARM_UP_LENGTH, length)))
     ids, caches = settings.token_ids(1, length), []
-    seconds = timed(lambda: caches.append(read(peer, model, ids)[1]), settings.device)
+    seconds = settings.timed(lambda: caches.append(read(peer, model, ids)[1]))
     return {
         "seconds": seconds,
         "peak_bytes": machine.peak_memory(settings.device),
@@ -223,8 +227,8 @@ class Benchmark:
         self.warm: set[tuple] = set()
         dtype = getattr(torch, settings.dtype)
         self.limits = {
-            "gemm_flops": machine.gemm_rate(settings.device, dtype),
-            "bandwidth_bytes": machine.memory_bandwidth(settings.device),
+            "gemm_flops": machine.gemm_rate(settings.device, dtype, clock=settings.clock),
+            "bandwidth_bytes": machine.memory_bandwidth(settings.device, clock=settings.clock),
         }
 
     def minutes_left(self) -> float:
@@ -313,7 +317,7 @@ class Benchmark:
         optimizers = {name: new_optimizer(self.model(name), settings.optimizer) for name in names}
 
         def step_of(name: str, inputs: torch.Tensor) -> float:
-            return timed(lambda: training_step(self.model(name), inputs, loss_kind, optimizers[name]), settings.device)
+            return settings.timed(lambda: training_step(self.model(name), inputs, loss_kind, optimizers[name]))
 
         for name in names:
             self._warm_up(("train", name, length), partial(step_of, name, ids[:1, :WARM_UP_LENGTH]))
@@ -338,7 +342,7 @@ class Benchmark:
 
             # The cache of the round before goes first.
             after.pop(name, None)
-            return timed(task, settings.device)
+            return settings.timed(task)
 
         warm_up = ids[:1, :WARM_UP_LENGTH]
         for name in names:
@@ -363,7 +367,7 @@ class Benchmark:
 
         def decode_with(name: str, num_tokens: int) -> float:
             token, cache = after[name]
-            seconds = decode(PEERS[name], self.model(name), token, cache, num_tokens, settings.device)
+            seconds = decode(settings, PEERS[name], self.model(name), token, cache, num_tokens)
             tokens[name] += seconds
             return sum(seconds) / num_tokens
 

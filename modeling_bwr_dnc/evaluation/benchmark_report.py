@@ -229,6 +229,8 @@ def _conditions(results: dict) -> str:
         f"Measured limits of the machine: {limits['gemm_flops'] / 1e9:.0f} GFLOP/s in matrix products, "
         f"{limits['bandwidth_bytes'] / 1e9:.1f} GB/s of memory.",
     ]
+    if settings.get("clock") == "processor":
+        lines.append("Seconds are those in which the process really ran, not those that passed (`--clock processor`).")
     if results["parameters"]:
         lines.append(
             "Parameters: " + ", ".join(f"{name} {count:,}" for name, count in results["parameters"].items()) + "."
