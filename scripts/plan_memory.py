@@ -21,9 +21,11 @@ from modeling_bwr_dnc.training.memory_plan import (
     largest_length,
     measure_memory,
     plan_memory,
+    ways_to_save,
 )
 from scripts.command_line import run
 
+LONGEST = 1 << 16  # tokens
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -52,7 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-checkpointing", action="store_true", help="keep all activations instead of recomputing them"
     )
     parser.add_argument("--optimizer-in-backward", action="store_true", help="update and free each gradient at once")
-    parser.add_argument("--fit", metavar="SIZE", help="find the longest sequence that fits, such as 8GB or 7.5GiB")
+    parser.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="the longest sequence that fits, such as 8GB or 7.5GiB, also with what saves memory",
+    )
     parser.add_argument("--measure", action="store_true", help="take two real steps of each setting and compare")
     return parser
 
@@ -93,17 +99,19 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def _print_fits(rows: list[TrainingSetting], size: int) -> None:
-    print(f"Longest sequence that fits in {size / 1e9:.2f} GB, in GB at the peak\n")
-    _print_row(["method", "checkpointing", "length", *PARTS, "total"])
+    print(
+        f"Longest sequence, in tokens up to {LONGEST:,}, that fits in {size / 1e9:.2f} GB, as given and with less memory; GB at the peak\n"
+    )
+    _print_row(["method", "how", "length", *PARTS, "total"])
     _print_row(["---", "---", *["---:"] * (len(PARTS) + 2)])
     for row in rows:
-        found = largest_length(row, size)
-        checkpointing = "yes" if row.gradient_checkpointing else "no"
-        if found is None:
-            _print_row([row.method, checkpointing, "none", *[""] * (len(PARTS) + 1)])
-        else:
-            length, planned = found
-            _print_row([row.method, checkpointing, f"{length:,}", *_gigabytes(planned)])
+        for how, setting in ways_to_save(row).items():
+            found = largest_length(setting, size, longest=LONGEST)
+            if found is None:
+                _print_row([row.method, how, "none", *[""] * (len(PARTS) + 1)])
+            else:
+                length, planned = found
+                _print_row([row.method, how, f"{length:,}", *_gigabytes(planned)])
 
 
 def _gigabytes(planned: MemoryPlan) -> list[str]:
