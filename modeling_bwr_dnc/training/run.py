@@ -120,11 +120,14 @@ def training_arguments(recipe: Recipe) -> BwrDncTrainingArguments:
     }
     try:
         arguments = BwrDncTrainingArguments(**defaults | recipe.training)
-        for report in get_reporting_integration_callbacks(arguments.report_to):
-            # Says what to install, if something is missing.
-            report()
     except (TypeError, ImportError, RuntimeError) as error:
         raise ValueError(f"`training` does not work: {error}") from error
+    for logger in arguments.report_to:
+        try:
+            for report in get_reporting_integration_callbacks([logger]):
+                report()
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"`training.report_to` names {logger}: {error} Try: pip install {logger}") from error
     if arguments.eval_strategy != "no" and not recipe.data.validation and recipe.data.validation_fraction is None:
         raise ValueError(
             "`training.eval_strategy` asks for evaluation; name `data.validation` or `data.validation_fraction`"

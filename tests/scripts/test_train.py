@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import pydoc_data.topics
@@ -164,6 +165,24 @@ def test_tasks_are_data(call, recipe):
     task = "data.sources=[{task: copy, options: {length: 32}}]"
     code, _, errors = call(train, "--config", recipe, task, "data.validation_fraction=null", "training.max_steps=2")
     assert code == 0, errors
+
+
+def test_a_run_reports_to_tensorboard(call, recipe, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    assert call(train, "--config", recipe, "training.report_to=tensorboard")[0] == 0
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(history(tmp_path / "run"), rel=1e-3)
+    assert board.Scalars("train/memory/salience_moved")[0].value > 0
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb", "trackio"])
+def test_a_logger_that_is_missing_says_what_to_install(assert_refused, recipe, logger):
+    if importlib.util.find_spec(logger):
+        pytest.skip(f"{logger} is installed")
+    assert_refused(f"pip install {logger}", train, "--config", recipe, f"training.report_to={logger}")
 
 
 def test_a_curriculum_follows_the_model_and_goes_on_where_it_was(call, recipe, book, tmp_path):
