@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -82,7 +83,7 @@ def compare_curriculum(arguments: argparse.Namespace) -> None:
                 seed,
                 arguments.tokens_per_batch,
                 arguments.learning_rate,
-                measure=lambda model, tasks=tasks: mean(accuracies(model, tasks, arguments.rows).values()),
+                measure=partial(mean_accuracy, tasks=tasks, num_rows=arguments.rows),
                 measure_every=arguments.measure_every,
                 stop_at=max(arguments.targets),
                 adapt_every=arguments.adapt_every if way == "curriculum" else None,
@@ -104,6 +105,10 @@ def accuracies(model, tasks: dict, num_rows: int) -> dict[str, float]:
         name: round(task_accuracy(model, replace(task, seed=20_000), num_rows)["token"], 3)
         for name, task in tasks.items()
     }
+
+
+def mean_accuracy(model, tasks: dict, num_rows: int) -> float:
+    return mean(accuracies(model, tasks, num_rows).values())
 
 
 def seconds_to(target: float, curve: list[dict]) -> float | None:
