@@ -25,12 +25,23 @@ from modeling_bwr_dnc.conversion.checkpoint import RECORD_FILE
 from modeling_bwr_dnc.conversion.hub_folder import check_model_folder
 from modeling_bwr_dnc.evaluation.inspection import draw_held_text, draw_memory, report_table
 from modeling_bwr_dnc.evaluation.reading import continue_text, python_manual, read_tokens
+from modeling_bwr_dnc.retrofit import Fact, hide_facts, sentence_ends
 from scripts.command_line import load_model, run
 
 PACKAGE = Path(modeling_bwr_dnc.__file__).parent
-CARD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-bwr-dnc.md"
+CARDS = Path(__file__).parent.parent / "model_cards"
+CARD = CARDS / "smollm2-135m-instruct-bwr-dnc.md"
+ADAPTER = CARDS / "smollm2-135m-instruct-memory.safetensors"
 GREEDY: dict = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 QUESTION = "What is the capital of France?"
+# Hidden in the text that is read, far from its end, and asked for there.
+FACT = Fact(
+    sentence="To open the vault, type 7F29B4 on the keypad.",
+    question="What must one type to open the vault?",
+    stem="To open the vault, type",
+    answer="7F29B4",
+)
+FACT_PLACE = 1500
 RESUMED_PROMPT = "\n\nIn Python, a list"
 
 # Runs in a process that cannot import the package, from another directory: only the saved folder can make it work.
@@ -66,7 +77,7 @@ def demo(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(str(folder))
 
     heading("2. Reading a text much longer than its memory")
-    ids = tokenizer(python_manual(), return_tensors="pt", verbose=False).input_ids[:, : arguments.num_tokens]
+    ids = text_with_fact(tokenizer, arguments.num_tokens)
     cache = StateBankCache(config=model.config)
     room = model.config.num_sink_tokens + sum(model.config.memory_slots) + 2 * model.config.segment_length
     print(f"Python's manual, {ids.shape[1]:,} tokens; window, sinks and slots together have room for {room:,}.")
@@ -83,22 +94,25 @@ def demo(arguments: argparse.Namespace) -> None:
     written = continue_text(model, tokenizer, ids[:, -1:], cache, max_new_tokens=48, **GREEDY)
     print(f"\n... {tokenizer.decode(ids[0, -40:])}>>>{tokenizer.decode(written[0])}")
 
-    heading("3. A chat question, through the ordinary pipeline")
+    heading("3. A fact from far outside the window")
+    ask_for_fact(model, tokenizer, ids, cache)
+
+    heading("4. A chat question, through the ordinary pipeline")
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     turns = generator([{"role": "user", "content": QUESTION}], max_new_tokens=40, do_sample=False)[0]["generated_text"]
     print("\n".join(f"{turn['role']}: {turn['content']}" for turn in turns))
 
-    heading("4. What the memory holds")
+    heading("5. What the memory holds")
     print(report_table(cache))
     draw_memory(cache, output / "memory.png")
     draw_held_text(cache, tokenizer, output / "held_text.png")
     print(f"\npictures: {output / 'memory.png'} and {output / 'held_text.png'}")
 
-    heading("5. Saved, and resumed in a new process with only the new tokens")
+    heading("6. Saved, and resumed in a new process with only the new tokens")
     cache.save_pretrained(state)
     resume_elsewhere(model, tokenizer, cache, folder, state)
 
-    heading("6. A folder that loads anywhere, without this package")
+    heading("7. A folder that loads anywhere, without this package")
     check_model_folder(folder)
     print("\n".join(f"{path.stat().st_size:>14,}  {path}" for path in sorted(folder.iterdir())))
     load_as_stranger(model, ids[:, :64], folder)
@@ -106,6 +120,27 @@ def demo(arguments: argparse.Namespace) -> None:
     print(f"\nDone in {time.perf_counter() - began:.0f} seconds. Go on with:")
     print(f'  python -m scripts.generate --model {folder} --state {state} --chat --prompt "What have you read?"')
     print(f"  python -m scripts.push_to_hub --model {folder} --repo owner/name --dry-run {output / 'hub'}")
+
+
+def text_with_fact(tokenizer, num_tokens: int) -> torch.Tensor:
+    """The first `num_tokens` of Python's manual, with the fact between two of its sentences, [1, T]."""
+    ids = tokenizer(python_manual(), verbose=False).input_ids[:num_tokens]
+    place = min(sentence_ends(tokenizer, ids), key=lambda end: abs(end - min(FACT_PLACE, num_tokens // 4)))
+    return torch.tensor([hide_facts(tokenizer, ids, {place: FACT})[0][:num_tokens]])
+
+
+def ask_for_fact(model, tokenizer, ids: torch.Tensor, cache: StateBankCache) -> None:
+    """Ask for the fact: a copy of the memory, and one that has seen only the last window of the text `ids` [1, T]."""
+    window = 2 * model.config.segment_length
+    print(f'Hidden at token {FACT_PLACE:,} of the text, or near it: "{FACT.sentence}"')
+    recent = StateBankCache(config=model.config)
+    read_tokens(model, ids[:, -window:], recent)
+    question = tokenizer(
+        f"\n\nQuestion: {FACT.question}\nAnswer: {FACT.stem}", return_tensors="pt", add_special_tokens=False
+    ).input_ids
+    for name, memory in (("with the memory", cache.clone()), (f"last {window} tokens only", recent)):
+        said = continue_text(model, tokenizer, question, memory, max_new_tokens=8, **GREEDY)
+        print(f"{name:>21}: {FACT.stem}>>>{(tokenizer.decode(said[0]).splitlines() or [''])[0]}")
 
 
 def heading(text: str) -> None:
@@ -122,7 +157,7 @@ def prepare_model(folder: Path) -> None:
         return
     source = obtain_smollm2()
     print(f"SmolLM2-135M-Instruct from {source}", flush=True)
-    result = convert_checkpoint(source, folder, card=CARD, overwrite=folder.exists())
+    result = convert_checkpoint(source, folder, card=CARD, memory_adapter=ADAPTER, overwrite=folder.exists())
     print(f"{result.num_parameters:,} parameters, {result.num_memory_parameters:,} of them new, for the memory.")
     print(f"Proof: {result.proof}")
 

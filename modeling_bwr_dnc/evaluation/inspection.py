@@ -31,7 +31,7 @@ def report_table(cache: StateBankCache, row: int = 0) -> str:
         cells = [str(layer)]
         for entry in sorted((e for e in report if e["layer"] == layer), key=lambda e: e["level"]):
             cells += [f"{entry['used']}/{entry['capacity']}", f"{entry['age']:,.0f}"]
-            cells += [f"{entry['usage']:.4f}", f"{entry['salience']:+.2f}"]
+            cells += [f"{entry['usage']:.4f}", f"{entry['salience']:+.4f}"]
         lines.append(cells)
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     rendered = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
