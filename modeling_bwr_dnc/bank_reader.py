@@ -58,8 +58,8 @@ class RotaryTable:
     def __init__(self, inverse_frequencies: torch.Tensor, scaling: float, dtype: torch.dtype):
         """From inverse frequencies [D / 2], and the factor that some RoPE variants put on cosines and sines."""
         self.dtype, self.device = dtype, inverse_frequencies.device
-        # In float32 the angles of far positions would have lost what distinguishes neighbours.
-        self.precise = torch.float32 if self.device.type == "mps" else torch.float64
+        # Angles as exact as Llama's and no more: its weights have learned with these, and a converted model is to equal its source.
+        self.precise = torch.promote_types(dtype, torch.float32)
         self.frequencies, self.scaling = inverse_frequencies.to(self.precise), scaling
         self.ranges: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_import_files
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import modeling_bwr_dnc
 from modeling_bwr_dnc import (
@@ -247,3 +248,16 @@ def test_copies_of_the_code_in_one_process_read_each_others_memories(model, tmp_
             for second in models:
                 cache = first(ids, past_key_values=DynamicCache(config=second.config)).past_key_values
                 torch.testing.assert_close(second(more, past_key_values=cache).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", [0, 4000, 131_000])
+def test_angles_are_those_of_llama(start):
+    # More exact ones would be further from what converted weights have learned with.
+    model = small_model().float()
+    llama = LlamaRotaryEmbedding(
+        LlamaConfig(head_dim=model.config.head_dim, rope_parameters=model.config.rope_parameters)
+    )
+    hidden_states = torch.zeros(1, 1, 1)
+    cos, sin = model.model.rotary_emb.table(hidden_states, start + 50).range(start, start + 50)
+    theirs = llama(hidden_states, torch.arange(start, start + 50)[None])
+    assert torch.equal(cos, theirs[0][0]) and torch.equal(sin, theirs[1][0])
