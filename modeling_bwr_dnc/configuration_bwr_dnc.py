@@ -68,6 +68,10 @@ class BwrDncConfig(PreTrainedConfig):
             Weight of the measured usage (in [0, 1]) beside the learned salience when slots are retained.
         salience_pooling (`int`, defaults to 1):
             Neighbouring tokens, an odd number, over which salience is averaged when slots are retained; 1 means none.
+        salience_boost (`float`, defaults to 0.0):
+            How often salience above 0 counts beside once when slots are retained.
+        recency_weight (`float`, defaults to 0.0):
+            Retention that a slot has over one that is 1,024 tokens older: with it, all but the salient fade.
         retention_score (`str`, defaults to `"salience"`):
             What decides which entries stay: `"salience"` (learned salience + usage), or a training-free score:
             `"attention"`, `"expected_attention"`, `"key_norm"`, `"key_difference"`, `"recency"`, `"random"`.
@@ -118,6 +122,8 @@ class BwrDncConfig(PreTrainedConfig):
     routing_thresholds: list[float | int] | tuple[float | int, ...] = (0.5, 0.8)
     usage_weight: int | float = 1.0
     salience_pooling: int = 1
+    salience_boost: int | float = 0.0
+    recency_weight: int | float = 0.0
     retention_score: str = "salience"
     short_conv_kernel: int = 0
     use_memory: bool = True
@@ -220,6 +226,8 @@ class BwrDncConfig(PreTrainedConfig):
             self.salience_pooling,
             "be an odd number of tokens, so that it has a middle (1 means none)",
         )
+        require(self.salience_boost >= 0, "salience_boost", self.salience_boost, "be at least 0 (0 means none)")
+        require(self.recency_weight >= 0, "recency_weight", self.recency_weight, "be at least 0 (0 means none)")
         require(
             self.retention_score in RETENTION_SCORES,
             "retention_score",

@@ -25,6 +25,8 @@ MAX_SOURCES = 4
 # Every 8th query of a segment is kept to measure usage.
 QUERY_STRIDE = 8
 USAGE_DECAY = 0.9
+# Tokens for which `recency_weight` counts once.
+RECENCY_UNIT = 1024
 SALIENCE_SHIFT = 3.0
 COMPLEXITY_SHIFT = 4.0
 # Weighs nothing after softmax, in every floating point type, without the NaNs of -inf.
@@ -43,6 +45,8 @@ class BankSettings:
     use_hard_routing: bool = False
     usage_weight: float = 1.0
     salience_pooling: int = 1
+    salience_boost: float = 0.0
+    recency_weight: float = 0.0
     retention_score: str = "salience"
     layer_idx: int = 0
 
@@ -360,8 +364,17 @@ def hashed_uniform(positions: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def _score_salience(candidates: Candidates) -> torch.Tensor:
-    entries = candidates.entries
-    return entries.salience + candidates.settings.usage_weight * entries.usage
+    """
+    Salience and usage; and, with weights of their own, recency, for which everything fades alike, and what is positive of salience,
+    for which the salient outlasts that.
+    """
+    entries, settings = candidates.entries, candidates.settings
+    score = entries.salience + settings.usage_weight * entries.usage
+    if settings.salience_boost:
+        score = score + settings.salience_boost * entries.salience.clamp(min=0)
+    if settings.recency_weight:
+        score = score + settings.recency_weight / RECENCY_UNIT * entries.time
+    return score
 
 
 def _score_attention(candidates: Candidates) -> torch.Tensor:

@@ -560,6 +560,8 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> dict[str, BankSetti
         use_hard_routing=config.use_hard_routing,
         usage_weight=float(config.usage_weight),
         salience_pooling=config.salience_pooling,
+        salience_boost=float(config.salience_boost),
+        recency_weight=float(config.recency_weight),
         retention_score=config.retention_score,
     )
     bank = replace(window, memory_slots=tuple(config.memory_slots)) if use_memory else window

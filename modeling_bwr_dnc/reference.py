@@ -58,6 +58,8 @@ def naive_state_bank_attention(
     use_hard_routing: bool = False,
     usage_weight: float = 1.0,
     salience_pooling: int = 1,
+    salience_boost: float = 0.0,
+    recency_weight: float = 0.0,  # per 1,024 tokens
 ) -> tuple[Tensor, list[list[Entry]]]:
     """Returns the attention output [H, N, D] and, per key/value head, the slots held at the end, in order of time."""
     (num_heads, num_tokens, width), num_groups = queries.shape, keys.shape[0]
@@ -78,7 +80,8 @@ def naive_state_bank_attention(
         return logsigmoid(z - threshold) - logsigmoid(z.new_tensor(4.0 - threshold))
 
     def retention(entry: Entry) -> tuple[float, int]:  # of two equals the newer is better retained
-        return float(entry.delta.detach() + usage_weight * entry.usage), entry.time
+        salience = entry.delta.detach() + salience_boost * entry.delta.detach().clamp(min=0)
+        return float(salience + usage_weight * entry.usage + recency_weight * entry.time / 1024), entry.time
 
     def settle(g: int, level: int, slots: list[Entry], arrived: list[Entry]) -> list[Entry]:
         """Take `arrived` into `level`; what is too much there goes up, two by two. A level of size 0 forgets."""

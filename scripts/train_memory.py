@@ -1,7 +1,8 @@
 """Teach the memory of a converted model what to keep: fit its salience heads, and write them as a small memory adapter.
 
 The weights of the source stay as they are. The model reads the texts once, with facts hidden in them that do not belong there; in
-every layer, what tells the two apart becomes salience (modeling_bwr_dnc/retrofit/salience.py). No gradients, no optimizer.
+every layer, what tells the two apart becomes salience (modeling_bwr_dnc/retrofit/salience.py). No gradients, no optimizer. The settings given here go into
+the adapter, and with it into the models that it is put into.
 
 Examples:
   python -m scripts.train_memory --model demo_output/model --output memory.safetensors
@@ -38,6 +39,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pooling", type=int, default=17, help="tokens over which salience is averaged when slots are retained (17)"
     )
+    parser.add_argument(
+        "--boost", type=float, default=100.0, help="how often salience above 0 counts beside once (100)"
+    )
+    parser.add_argument(
+        "--recency",
+        type=float,
+        default=0.0004,
+        help="retention of a slot over one that is 1,024 tokens older (0.0004)",
+    )
     parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="read with another budget: raw, 2x, 4x")
     return parser
 
@@ -45,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 def train_memory(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model)
     model.config.salience_pooling = arguments.pooling
+    model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
     if arguments.memory_slots is not None:
         model.config.memory_slots = arguments.memory_slots
     model.config.validate_architecture()

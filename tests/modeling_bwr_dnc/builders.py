@@ -89,6 +89,8 @@ def random_config(seed: int, max_segment: int = 12, max_slots: int = 20, **fixed
         "use_hard_routing": draw.random() < 0.2,
         "usage_weight": draw.choice([1.0, 5.0]),
         "salience_pooling": draw.choice([1, 1, 3, 9, 31]),
+        "salience_boost": draw.choice([0.0, 0.0, 3.0]),
+        "recency_weight": draw.choice([0.0, 0.0, 20.0]),
     }
     return tiny_config(**{**choices, **fixed})
 
@@ -208,6 +210,8 @@ def _reference_attention(attention, inputs, ids, inv_freq, kind, config):
         use_hard_routing=config.use_hard_routing,
         usage_weight=config.usage_weight,
         salience_pooling=config.salience_pooling,
+        salience_boost=config.salience_boost,
+        recency_weight=config.recency_weight,
     )
     return attention.o_proj(output.transpose(0, 1).flatten(1)), banks
 

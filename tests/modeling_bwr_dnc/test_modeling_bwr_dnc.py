@@ -40,6 +40,8 @@ def model():
         ({"memory_slots": [4, -2, 1]}, "memory_slots"),
         ({"segment_length": 0}, "segment_length"),
         ({"salience_pooling": 4}, "salience_pooling"),
+        ({"salience_boost": -1.0}, "salience_boost"),
+        ({"recency_weight": -0.1}, "recency_weight"),
         ({"memory_position": "nowhere"}, "memory_position"),
         ({"retention_score": "luck"}, "retention_score"),
         ({"routing_thresholds": [0.5, 1.0]}, "routing_thresholds"),
