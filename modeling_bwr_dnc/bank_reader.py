@@ -439,7 +439,7 @@ class BankReader:
         length, row = self.settings.segment_length, state.rows[0]
         shape = usage.shape
         own = state.window_salience[:, :, :length]
-        salience = pooled_salience(state.window_salience, self.settings)[:, :, :length]
+        salience = pooled_salience(state.window_salience, self.settings.salience_pooling)[:, :, :length]
         positions = torch.arange(row.window_start, row.window_start + length, device=usage.device).expand(shape)
         token_ids = state.window_ids[:, None, :length].expand(shape)
         if state.holes is not None:

@@ -140,12 +140,11 @@ def salience_bias(salience: torch.Tensor) -> torch.Tensor:
     return F.logsigmoid(salience + SALIENCE_SHIFT) - math.log(1 / (1 + math.exp(-SALIENCE_SHIFT)))
 
 
-def pooled_salience(salience: torch.Tensor, settings: BankSettings) -> torch.Tensor:
+def pooled_salience(salience: torch.Tensor, width: int) -> torch.Tensor:
     """
-    Salience logits of a window [B, G, 2S] as retention sees them: means over `salience_pooling` tokens around each, those in the
-    window. What is worth keeping comes in clauses, not in tokens (SnapKV, Li et al., 2024, pools attention alike).
+    Salience logits [B, G, T], of a window for example, as retention sees them: means over those of the `width` tokens around each
+    that are among the T. What is worth keeping comes in clauses, not in tokens (SnapKV, Li et al., 2024, pools attention alike).
     """
-    width = settings.salience_pooling
     if width == 1:
         return salience
     return F.avg_pool1d(salience, width, stride=1, padding=width // 2, count_include_pad=False)

@@ -135,9 +135,7 @@ def ask_for_fact(model, tokenizer, ids: torch.Tensor, cache: StateBankCache) -> 
     print(f'Hidden at token {FACT_PLACE:,} of the text, or near it: "{FACT.sentence}"')
     recent = StateBankCache(config=model.config)
     read_tokens(model, ids[:, -window:], recent)
-    question = tokenizer(
-        f"\n\nQuestion: {FACT.question}\nAnswer: {FACT.stem}", return_tensors="pt", add_special_tokens=False
-    ).input_ids
+    question = tokenizer(FACT.prompt, return_tensors="pt", add_special_tokens=False).input_ids
     for name, memory in (("with the memory", cache.clone()), (f"last {window} tokens only", recent)):
         said = continue_text(model, tokenizer, question, memory, max_new_tokens=8, **GREEDY)
         print(f"{name:>21}: {FACT.stem}>>>{(tokenizer.decode(said[0]).splitlines() or [''])[0]}")

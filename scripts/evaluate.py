@@ -110,8 +110,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
+def _text(arguments: argparse.Namespace) -> str:
+    return python_manual() if arguments.text is None else read_text_file(arguments.text)
+
+
 def _loss(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    text = python_manual() if arguments.text is None else read_text_file(arguments.text)
+    text = _text(arguments)
     input_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
     longest = max(arguments.lengths)
     if input_ids.shape[1] < longest:
@@ -136,7 +140,7 @@ def _needle(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
 
 
 def _facts(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    text = python_manual() if arguments.text is None else read_text_file(arguments.text)
+    text = _text(arguments)
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     options = {"num_texts": arguments.rows, "seed": arguments.seed, "full_limit": arguments.full_limit}
     return {"facts": measure_recall(model, tokenizer, token_ids, policies, arguments.lengths, **options)}

@@ -103,7 +103,7 @@ def recalled(
         cache = memory
     answers = []
     for fact in facts:
-        question = tokenizer(f"\n\nQuestion: {fact.question}\nAnswer: {fact.stem}", add_special_tokens=False).input_ids
+        question = tokenizer(fact.prompt, add_special_tokens=False).input_ids
         answer = tokenizer(" " + fact.answer, add_special_tokens=False).input_ids
         asked = torch.tensor([question + answer], device=model.device)
         logits = model(asked, past_key_values=cache.clone(), use_cache=True).logits[0, len(question) - 1 : -1]

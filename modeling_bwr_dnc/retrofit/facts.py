@@ -231,6 +231,11 @@ class Fact:
     stem: str
     answer: str
 
+    @property
+    def prompt(self) -> str:
+        """The question as it is put to a model, and the beginning of the answer."""
+        return f"\n\nQuestion: {self.question}\nAnswer: {self.stem}"
+
     @classmethod
     def parse(cls, template: str, choose: Callable[[str], str]) -> "Fact":
         """From `sentence with {names} and its [answer] | question`; a name stands for the same in all places."""

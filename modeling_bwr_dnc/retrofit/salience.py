@@ -22,13 +22,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..evaluation.measuring import read_blocks
+from ..memory_ops import pooled_salience
 from .facts import Fact, hide_facts, make_fact, sentence_ends
 
-BLOCK_LENGTH = 1024
 # The shift of a head may add so much noise to salience, in its standard deviations over ordinary text; else there is none.
 NEGLIGIBLE_NOISE = 0.2
 
@@ -96,37 +96,36 @@ def text_with_facts(
     return hide_facts(tokenizer, token_ids, places)
 
 
-class Listener:
-    """Reads texts with a model, and hands what its salience heads get and give on to a function."""
+# Told of a layer, the place of a block of tokens in the text, its inputs [T, F] to the salience head, and its salience [T].
+Heard = Callable[[int, slice, torch.Tensor, torch.Tensor], None]
 
-    def __init__(
-        self, model: PreTrainedModel, heads: dict[int, nn.Module], on_progress: Callable[[int], object] | None
-    ):
-        self.model, self.heads, self.on_progress = model, heads, on_progress
 
-    def read(self, token_ids: Sequence[int], heard: Callable[[int, slice, torch.Tensor, torch.Tensor], None]) -> None:
-        """`heard(layer, tokens, inputs [T, F], salience [T])` for every block of tokens and layer."""
-        place = slice(0)
+def listen(
+    model: PreTrainedModel,
+    heads: dict[int, nn.Module],
+    token_ids: Sequence[int],
+    heard: Heard,
+    on_progress: Callable[[int], object] | None,
+) -> None:
+    """Read a text, and hand on what the salience heads of all layers get and give."""
+    done = 0
 
-        def listen(index: int) -> Callable:
-            def hook(module: nn.Module, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
-                # All key/value heads of a fitted layer have the same salience.
-                heard(index, place, inputs[0][0].float(), outputs[0, :, 0])
+    def hook_of(index: int) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
+            # All key/value heads of a fitted layer have the same salience.
+            heard(index, slice(done, done + outputs.shape[1]), inputs[0][0].float(), outputs[0, :, 0])
 
-            return hook
+        return hook
 
-        hooks = [head.register_forward_hook(listen(index)) for index, head in self.heads.items()]
-        try:
-            cache = None
-            for start in range(0, len(token_ids), BLOCK_LENGTH):
-                place = slice(start, min(start + BLOCK_LENGTH, len(token_ids)))
-                block = torch.tensor([token_ids[place]], device=self.model.device)
-                cache = self.model(block, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-                if self.on_progress is not None:
-                    self.on_progress(block.shape[1])
-        finally:
-            for hook in hooks:
-                hook.remove()
+    hooks = [head.register_forward_hook(hook_of(index)) for index, head in heads.items()]
+    try:
+        for start, hidden_states, _ in read_blocks(model, torch.tensor([token_ids])):
+            done = start + hidden_states.shape[1]
+            if on_progress is not None:
+                on_progress(hidden_states.shape[1])
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -174,7 +173,7 @@ def fit_salience(
             f"the texts have {sum(map(len, texts))} tokens, with {num_fact_tokens} tokens of facts hidden in them, but both are "
             f"needed; give longer texts, with sentences in them (a fact comes every {gap[0]} to {gap[1]} tokens)"
         )
-    listener, num_sinks = Listener(model, heads, on_progress), model.config.num_sink_tokens
+    num_sinks = model.config.num_sink_tokens
     moments = {index: [Moments.empty(model.config.hidden_size) for _ in range(2)] for index in heads}
     for text, is_fact in prepared:
         # Sinks are never chosen, and stand out in every model: they belong to neither class.
@@ -184,7 +183,7 @@ def fit_salience(
             for is_fact, sums in enumerate(moments[index]):
                 sums.add(inputs[classes[tokens] == is_fact])
 
-        listener.read(text, add)
+        listen(model, heads, text, add, on_progress)
 
     gaps = {}
     for index, (of_text, of_facts) in moments.items():
@@ -200,11 +199,11 @@ def fit_salience(
         def keep(index: int, tokens: slice, inputs: torch.Tensor, salience: torch.Tensor, parts=parts) -> None:
             parts[index].append(salience.cpu())
 
-        listener.read(text[:count], keep)
-        near_fact = _pooled(torch.tensor(is_fact[:count]).double(), width) > 0
+        listen(model, heads, text[:count], keep, on_progress)
+        near_fact = pooled_salience(torch.tensor([[is_fact[:count]]]).double(), width)[0, 0] > 0
         near_fact[:num_sinks] = True
         for index, part in parts.items():
-            heard[index].append(_pooled(torch.cat(part).double(), width)[~near_fact])
+            heard[index].append(pooled_salience(torch.cat(part).double()[None, None], width)[0, 0, ~near_fact])
     for index, (of_text, _) in moments.items():
         saliences = torch.cat(heard[index])
         shift = saliences.quantile(1 - rare).item() if len(saliences) else 0.0
@@ -216,8 +215,3 @@ def fit_salience(
 
 def _set(head: nn.Module, direction: torch.Tensor) -> None:
     head.weight.copy_(direction.to(head.weight).expand_as(head.weight))
-
-
-def _pooled(values: torch.Tensor, width: int) -> torch.Tensor:
-    """Means [T] over `width` neighbours."""
-    return F.avg_pool1d(values[None, None], width, stride=1, padding=width // 2, count_include_pad=False)[0, 0]

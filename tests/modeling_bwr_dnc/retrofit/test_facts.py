@@ -1,28 +1,13 @@
 """Facts are whole, their questions have one answer, and hiding them changes nothing of the text around."""
 
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
-from transformers import AutoTokenizer
 
-from modeling_bwr_dnc.evaluation.reading import python_manual
 from modeling_bwr_dnc.evaluation.recall import KINDS, text_to_recall, unseen_facts
 from modeling_bwr_dnc.retrofit.facts import CHOICES, MADE, TEMPLATES, Fact, hide_facts, make_fact, sentence_ends
-
-TOKENIZER = Path(__file__).parent.parent.parent.parent / "tokenization" / "bwr-dnc-bpe-50k"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TOKENIZER)
-
-
-@pytest.fixture(scope="module")
-def manual(tokenizer):
-    return tokenizer(python_manual()[:60_000], add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

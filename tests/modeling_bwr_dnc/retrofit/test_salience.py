@@ -13,7 +13,6 @@ from modeling_bwr_dnc.evaluation.recall import recalled, text_to_recall
 from modeling_bwr_dnc.retrofit import fit_salience
 from modeling_bwr_dnc.retrofit.salience import Moments, discriminant, text_with_facts
 from tests.modeling_bwr_dnc.builders import tiny_config
-from tests.modeling_bwr_dnc.retrofit.test_facts import manual, tokenizer  # noqa: F401
 
 
 def moments_of(samples: torch.Tensor) -> Moments:
@@ -59,7 +58,7 @@ def model():
     return BwrDncForCausalLM(config).eval()
 
 
-def test_fitted_salience_keeps_new_facts(model, tokenizer, manual):  # noqa: F811
+def test_fitted_salience_keeps_new_facts(model, tokenizer, manual):
     text, is_fact = text_with_facts(tokenizer, manual[12_000:14_000], random.Random("other facts"), (40, 160))
 
     def kept(model) -> float:
@@ -76,7 +75,7 @@ def test_fitted_salience_keeps_new_facts(model, tokenizer, manual):  # noqa: F81
     assert attention.memory.salience.weight.any() and not attention.memory.routing.weight.any()
 
 
-def test_an_adapter_brings_salience_and_its_settings(model, tokenizer, manual, tmp_path):  # noqa: F811
+def test_an_adapter_brings_salience_and_its_settings(model, tokenizer, manual, tmp_path):
     with pytest.raises(ValueError, match="neutral"):
         save_memory_adapter(BwrDncForCausalLM(model.config), tmp_path / "nothing.safetensors")
     fit_salience(model, tokenizer, [manual[:1500]])
@@ -88,14 +87,14 @@ def test_an_adapter_brings_salience_and_its_settings(model, tokenizer, manual, t
     torch.testing.assert_close(other.state_dict()[names[0]], model.state_dict()[names[0]])
 
 
-def test_questions_leave_no_trace_in_each_other(model, tokenizer, manual):  # noqa: F811
+def test_questions_leave_no_trace_in_each_other(model, tokenizer, manual):
     ids, facts = text_to_recall(tokenizer, manual, 700, random.Random(0))
     together = recalled(model, tokenizer, ids, facts)
     assert together[-1:] == recalled(model, tokenizer, ids, facts[-1:])
     assert [tokenizer.decode(answer) for _, answer in together] == [" " + fact.answer for fact in facts]
 
 
-def test_nothing_to_learn_from_is_refused(model, tokenizer):  # noqa: F811
+def test_nothing_to_learn_from_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="both are needed"):
         fit_salience(model, tokenizer, [tokenizer("Nothing ends here").input_ids])
     window_only = BwrDncForCausalLM(tiny_config(layer_types=["sink_window_attention"] * 2))
