@@ -5,6 +5,7 @@ It is small, and it is all that training the memory of a frozen checkpoint chang
 counts on travel with it.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -73,9 +74,12 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         raise ValueError(f"the memory adapter {path} has the settings {unknown}, but may have {list(SETTINGS)} only")
+    config = copy.deepcopy(model.config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config.validate_architecture()
     for name, tensor in tensors.items():
         places[name].copy_(tensor)
     for name, value in settings.items():
         setattr(model.config, name, value)
-    model.config.validate_architecture()
     return sorted(tensors)

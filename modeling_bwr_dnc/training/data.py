@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, interleave_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .token_loss import IGNORED
+from ..token_loss import IGNORED
 
 # File name endings that `datasets` reads, and the name of its reader.
 READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

@@ -77,10 +77,6 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
     curricula = Curricula(model.config.segment_length, arguments.train_batch_size, arguments.seed)
     with arguments.main_process_first(desc="reading the data"):
         train_rows, validation_rows = load_rows(recipe, tokenizer, arguments.seed, curricula)
-    if validation_rows is None and arguments.eval_strategy != "no":
-        raise ValueError(
-            "`training.eval_strategy` asks for evaluation; name `data.validation` or `data.validation_fraction`"
-        )
     try:
         trainer = BwrDncTrainer(
             model=model,

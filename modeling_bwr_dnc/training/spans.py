@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..state_bank import StateBankCache
-from .token_loss import IGNORED, head_gives_losses
+from ..token_loss import IGNORED
+from .token_loss import head_gives_losses
 
 PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 

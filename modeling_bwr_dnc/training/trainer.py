@@ -11,12 +11,12 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..state_bank import StateBankCache
+from ..token_loss import IGNORED
 from .allocator import return_freed_memory
 from .arguments import BwrDncTrainingArguments
 from .memory_metrics import GateMovement, bank_metrics, is_memory_parameter
 from .spans import read_in_spans, shift_labels
 from .staging import complete_folder
-from .token_loss import IGNORED
 
 
 class BwrDncTrainer(Trainer):

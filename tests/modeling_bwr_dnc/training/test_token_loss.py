@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modeling_bwr_dnc.training.token_loss import head_gives_losses, linear_cross_entropy
+from modeling_bwr_dnc.token_loss import linear_cross_entropy
+from modeling_bwr_dnc.training.token_loss import head_gives_losses
 
 
 @pytest.fixture
