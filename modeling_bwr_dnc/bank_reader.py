@@ -380,28 +380,15 @@ class BankReader:
         """The state after the older segment of a full window has left it. All rows stand at the same position."""
         settings, row = self.settings, state.rows[0]
         length, num_prefix = settings.segment_length, len(state.entries)
-        leaving, candidates_end = slice(num_prefix, num_prefix + length), num_prefix + length
-        usage = self.measure_usage(state)
-        entered = self._leaving_entries(state, usage[:, :, num_prefix:], leaving)
-        used = USAGE_DECAY * state.entries.usage + (1 - USAGE_DECAY) * usage[:, :, :num_prefix]
-        entries = Entries.cat(replace(state.entries, usage=used), entered)
+        candidates_end = num_prefix + length
         num_sinks = min(settings.num_sink_tokens, row.window_start + length)
-        _, paired, quartered = row.slot_counts
-        stay, slot_counts, plan = consolidate(
-            Candidates(
-                entries,
-                state.keys[:, :, :candidates_end],
-                state.values[:, :, :candidates_end],
-                state.queries,
-                settings,
-            ),
-            (candidates_end - num_sinks - paired - quartered, paired, quartered),
-            num_sinks,
-            self.compress,
-            pinned=_pinned(entries, state.rows),
-            plan=plan,
-            noise_seed=self.call.noise_seed,
-        )
+        if any(settings.memory_slots) or num_prefix < num_sinks:
+            stay, slot_counts, plan = self._consolidated(state, num_sinks, plan)
+        else:
+            # Sinks stay, and nothing else ever does.
+            prefix = state.keys[:, :, :num_prefix], state.values[:, :, :num_prefix]
+            stay, slot_counts = Candidates(state.entries, *prefix, state.queries, settings), row.slot_counts
+            plan = None if plan is None else Plan(plan.source[:, :, :num_prefix], plan.pairs)
         rows = [replace(r, window_start=r.window_start + length, slot_counts=slot_counts) for r in state.rows]
         num_kept = len(stay.entries)
         start = rotary_start(num_kept, num_kept, settings)
@@ -415,8 +402,8 @@ class BankReader:
             holes = F.pad(state.holes[:, :, candidates_end:], (num_kept, length))
 
         def with_room(*parts):
-            joined = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-            return F.pad(joined, (0, 0) * (joined.dim() - 3) + (0, length))
+            last = parts[-1]
+            return torch.cat((*parts, last.new_zeros(*last.shape[:2], length, *last.shape[3:])), dim=2)
 
         consolidated = replace(
             state,
@@ -433,6 +420,28 @@ class BankReader:
             ),
         )
         return consolidated, plan
+
+    def _consolidated(
+        self, state: BankState, num_sinks: int, plan: Plan | None
+    ) -> tuple[Candidates, tuple[int, ...], Plan | None]:
+        """What stays of the entries before the window and of its older segment, the slots per level, and the plan."""
+        settings, num_prefix, row = self.settings, len(state.entries), state.rows[0]
+        candidates_end = num_prefix + settings.segment_length
+        usage = self.measure_usage(state)
+        entered = self._leaving_entries(state, usage[:, :, num_prefix:], slice(num_prefix, candidates_end))
+        used = USAGE_DECAY * state.entries.usage + (1 - USAGE_DECAY) * usage[:, :, :num_prefix]
+        entries = Entries.cat(replace(state.entries, usage=used), entered)
+        _, paired, quartered = row.slot_counts
+        keys, values = state.keys[:, :, :candidates_end], state.values[:, :, :candidates_end]
+        return consolidate(
+            Candidates(entries, keys, values, state.queries, settings),
+            (candidates_end - num_sinks - paired - quartered, paired, quartered),
+            num_sinks,
+            self.compress,
+            pinned=_pinned(entries, state.rows),
+            plan=plan,
+            noise_seed=self.call.noise_seed,
+        )
 
     def _leaving_entries(self, state: BankState, usage: torch.Tensor, leaving: slice) -> Entries:
         """The segment that leaves the window, as raw entries."""

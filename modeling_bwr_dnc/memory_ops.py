@@ -259,7 +259,8 @@ def attention_weights(
     `mask` broadcasts to [B, 1, T, L], `bias` comes from `additive_bias`.
     """
     grouped = queries.unflatten(1, (keys.shape[1], -1))  # [B, G, R, T, D]
-    logits = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)) * scaling
+    # Heads of a group folded into the query dimension: a broadcast product would copy the keys for each.
+    logits = torch.matmul(grouped.flatten(2, 3), keys.transpose(-1, -2)).unflatten(2, grouped.shape[2:4]) * scaling
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if bias is not None:
         logits = logits + bias

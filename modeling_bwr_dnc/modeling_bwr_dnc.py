@@ -86,7 +86,9 @@ class BwrDncMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.act_fn(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
+        # These are the largest tensors of a layer; without gradients one less is made.
+        return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
 
 class PreciseLinear(nn.Module):
