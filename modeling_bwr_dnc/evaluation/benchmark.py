@@ -35,6 +35,7 @@ from modeling_bwr_dnc.evaluation.peers import (
     OURS,
     PEERS,
     Peer,
+    cache_name,
     cache_nbytes,
     decoded_token_bytes,
     forward_flops,
@@ -135,9 +136,10 @@ def training_step(
 def read(peer: Peer, model: PreTrainedModel, ids: torch.Tensor, cache=None) -> tuple[torch.Tensor, object]:
     """The most likely next token [B, 1] after `ids` [B, T], and the cache that holds them."""
     model.eval()
+    name = cache_name(model)
     for block in ids.split(peer.read_block_length or ids.shape[1], dim=1):
-        outputs = model(block, **{peer.cache_name: cache}, use_cache=True, logits_to_keep=1)
-        cache = getattr(outputs, peer.cache_name)
+        outputs = model(block, **{name: cache}, use_cache=True, logits_to_keep=1)
+        cache = getattr(outputs, name)
     return outputs.logits[:, -1:].argmax(-1), cache
 
 
@@ -292,8 +294,15 @@ class Benchmark:
         limit = left if what == "memory" else min(self.point_seconds, left)
         for name in self.settings.models:
             expected = self._expected(like, name, length, batch_size)
-            if expected > limit or left < 0:
-                reason = "the time limit was reached" if left < 0 else f"would take about {expected:.0f} s"
+            longest = PEERS[name].longest_training if like == "train" else None
+            reason = None
+            if left < 0:
+                reason = "the time limit was reached"
+            elif expected > limit:
+                reason = f"would take about {expected:.0f} s"
+            elif longest is not None and length > longest:
+                reason = "would take too much memory"
+            if reason is not None:
                 self._skip(what, name, length, batch_size, reason, note)
             else:
                 names.append(name)
