@@ -6,6 +6,7 @@ Examples:
   python -m scripts.evaluate --model DIR --output results --measures loss --text book.txt --lengths 16384
   python -m scripts.evaluate --model DIR --output results --measures needle --kind name --score attention
   python -m scripts.evaluate --model DIR --output results --measures facts --text book.txt --lengths 2048 16384 --rows 4
+  python -m scripts.evaluate --model DIR --output results --measures budgets --text book.txt --lengths 8192 --budgets 256 768
   python -m scripts.evaluate --model DIR --output results --measures accuracy pairs --task lookup --pairs 8 16 32
 """
 
@@ -29,14 +30,14 @@ from modeling_bwr_dnc.evaluation.measuring import (
     measure_loss,
     measure_pairs_and_slots,
 )
-from modeling_bwr_dnc.evaluation.policies import CONTROLS
+from modeling_bwr_dnc.evaluation.policies import CONTROLS, POLICIES
 from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
-from modeling_bwr_dnc.evaluation.recall import measure_recall
+from modeling_bwr_dnc.evaluation.recall import measure_budgets, measure_recall
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.tasks import TASKS, Passkey, Task, TextNeedle
 from scripts.command_line import load_model, run
 
-MEASURES = ("loss", "passkey", "needle", "facts", "accuracy", "pairs")
+MEASURES = ("loss", "passkey", "needle", "facts", "budgets", "accuracy", "pairs")
 # Written beside a model that was trained on a task.
 TASK_FILE = "task.json"
 
@@ -62,11 +63,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pairs", nargs="+", type=int, default=[8, 16, 32, 64], help="pairs in a row, for `pairs`")
     parser.add_argument("--slots", nargs="+", type=int, default=[8, 16, 32, 64], help="raw slots, for `pairs`")
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=int,
+        default=[192, 384, 768, 1536],
+        help="slots, for `budgets`: facts and loss against bytes",
+    )
     parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="another budget: raw, 2x, 4x")
     parser.add_argument(
         "--score", nargs="+", choices=RETENTION_SCORES, default=[], help="further eviction scores to compare"
     )
-    parser.add_argument("--policies", nargs="+", choices=CONTROLS, help="by default all: the memory and the controls")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        choices=POLICIES,
+        metavar="POLICY",
+        help=f"of {', '.join(POLICIES)}; by default the memory and the controls: {', '.join(CONTROLS)}",
+    )
     parser.add_argument(
         "--full-limit",
         type=int,
@@ -79,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     if min(arguments.lengths) < 2 or arguments.rows < 1:
         raise ValueError(f"--lengths {arguments.lengths} and --rows {arguments.rows} must be at least 2 and 1")
-    text_measures = [name for name in arguments.measures if name in ("loss", "passkey", "needle", "facts")]
+    text_measures = [name for name in arguments.measures if name in ("loss", "passkey", "needle", "facts", "budgets")]
     if text_measures:
         model, tokenizer = load_model(arguments.model)
     else:
@@ -95,7 +109,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         measurements |= MEASURING[measure](arguments, model, tokenizer, policies)
     facts = {
         "command": f"`python -m scripts.evaluate {shlex.join(sys.argv[1:])}`",
-        "policies": "; ".join(f"{name} = {meaning}" for name, meaning in CONTROLS.items()),
+        "policies": "; ".join(f"{name} = {POLICIES[name]}" for name in policies),
         "memory": f"segment {model.config.segment_length}, sinks {model.config.num_sink_tokens}, slots "
         f"{'/'.join(map(str, model.config.memory_slots))}, positions by {model.config.memory_position}",
         "rows per point": arguments.rows,
@@ -146,6 +160,23 @@ def _facts(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
     return {"facts": measure_recall(model, tokenizer, token_ids, policies, arguments.lengths, **options)}
 
 
+def _budgets(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+    token_ids = tokenizer(_text(arguments), add_special_tokens=False, verbose=False).input_ids
+    length, options = max(arguments.lengths), {"num_texts": arguments.rows, "seed": arguments.seed}
+
+    def say(point: dict) -> None:
+        print(
+            f"  {point['policy']}, {point['slots']:,} slots: {point['state_bytes'] / 1e6:.1f} MB, {point['exact']:.3f} of the facts, "
+            f"perplexity {point['perplexity']:.3f}",
+            flush=True,
+        )
+
+    records = measure_budgets(
+        model, tokenizer, token_ids, policies, arguments.budgets, length, on_point=say, **options
+    )
+    return {f"budgets_at_{length}": records}
+
+
 def _depths(task: Task, arguments, model, policies) -> list[dict]:
     return measure_depths(
         model, task, policies, arguments.lengths, arguments.depths, arguments.rows, arguments.full_limit
@@ -171,6 +202,7 @@ MEASURING = {
     "passkey": _passkey,
     "needle": _needle,
     "facts": _facts,
+    "budgets": _budgets,
     "accuracy": _accuracy,
     "pairs": _pairs,
 }

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..tasks import IGNORED, Task
 from .metrics.answer_accuracy.answer_accuracy import answer_accuracy
 from .metrics.loss_by_position.loss_by_position import loss_by_position
+from .peers import cache_name
 from .policies import policy_settings, settings_changed
 
 BLOCK_LENGTH = 1024
@@ -30,26 +31,46 @@ def read_blocks(
     cache after it.
     """
     model.eval()
-    decoder, cache = getattr(model, model.base_model_prefix), None
+    decoder, name, cache = getattr(model, model.base_model_prefix), cache_name(model), None
     for start in range(0, input_ids.shape[1], block_length):
         block = input_ids[:, start : start + block_length].to(model.device)
-        outputs = decoder(input_ids=block, past_key_values=cache, use_cache=True)
-        cache = outputs.past_key_values
+        outputs = decoder(input_ids=block, **{name: cache}, use_cache=True, **_without_attention(model, start, block))
+        cache = getattr(outputs, name)
         yield start, outputs.last_hidden_state, cache
 
 
+def _without_attention(model: PreTrainedModel, start: int, block: torch.Tensor) -> dict:
+    """Models whose layers are all recurrent must be told where they are: Transformers asks the attention layers of a cache."""
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    if model.config.model_type != "qwen3_next" or kinds != {"linear_attention"}:
+        return {}
+    positions = torch.arange(start, start + block.shape[1], device=block.device)
+    return {"position_ids": positions[None], "attention_mask": dict.fromkeys(("full_attention", "linear_attention"))}
+
+
 @torch.no_grad()
+def read_losses(
+    model: PreTrainedModel, input_ids: torch.Tensor, block_length: int = BLOCK_LENGTH
+) -> Iterator[tuple[torch.Tensor, object]]:
+    """
+    Read `input_ids` [B, T] block by block; gives the negative log-likelihood in nats of the token after each one in the block,
+    [B, block], on the CPU (one less in the last block), and the cache after it.
+    """
+    head = model.get_output_embeddings()
+    for start, hidden_states, cache in read_blocks(model, input_ids, block_length):
+        targets = input_ids[:, start + 1 : start + 1 + block_length].to(hidden_states.device)
+        losses = [
+            F.cross_entropy(head(part).float().transpose(1, 2), target, reduction="none").cpu()
+            for part, target in zip(
+                hidden_states[:, : targets.shape[1]].split(LOGITS_AT_ONCE, 1), targets.split(LOGITS_AT_ONCE, 1)
+            )
+        ]
+        yield torch.cat(losses, dim=1), cache
+
+
 def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, block_length: int = BLOCK_LENGTH) -> torch.Tensor:
     """Negative log-likelihood in nats of every token but the first, [B, T - 1], on the CPU."""
-    head, losses = model.get_output_embeddings(), []
-    for start, hidden_states, _ in read_blocks(model, input_ids, block_length):
-        targets = input_ids[:, start + 1 : start + 1 + block_length].to(hidden_states.device)
-        for part, target in zip(
-            hidden_states[:, : targets.shape[1]].split(LOGITS_AT_ONCE, 1), targets.split(LOGITS_AT_ONCE, 1)
-        ):
-            logits = head(part).float().transpose(1, 2)
-            losses.append(F.cross_entropy(logits, target, reduction="none").cpu())
-    return torch.cat(losses, dim=1)
+    return torch.cat([losses for losses, _ in read_losses(model, input_ids, block_length)], dim=1)
 
 
 @torch.no_grad()

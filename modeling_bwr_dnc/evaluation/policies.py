@@ -15,9 +15,13 @@ CONTROLS = {
     "equal_slot_window": "sinks and a longer window: all slots raw, filled with the most recent tokens",
     "random": "equal slots and levels, evicted at random",
 }
-POLICIES = CONTROLS | {
-    f"score:{score}": f"equal slots and levels, evicted by {score.replace('_', ' ')}" for score in RETENTION_SCORES
-}
+POLICIES = (
+    CONTROLS
+    | {
+        "three_levels": "as many slots, shared out among the raw, 2x and 4x compressed level in the proportion 4:2:1",
+    }
+    | {f"score:{score}": f"equal slots and levels, evicted by {score.replace('_', ' ')}" for score in RETENTION_SCORES}
+)
 
 
 def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
@@ -38,6 +42,9 @@ def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
         return {"memory_slots": [sum(config.memory_slots), 0, 0], "retention_score": "recency"}
     if policy == "random":
         return {"retention_score": "random"}
+    if policy == "three_levels":
+        unit, rest = divmod(sum(config.memory_slots), 7)
+        return {"memory_slots": [4 * unit + rest, 2 * unit, unit]}
     if policy in POLICIES:
         return {"retention_score": policy.removeprefix("score:")}
     raise ValueError(f"the policy is {policy!r}, but must be one of {', '.join(POLICIES)}")

@@ -4,14 +4,17 @@ Several facts hidden in one long text, read once, and each asked for from a fork
 The facts are of other kinds, names and wordings than those that `retrofit` teaches a memory with.
 """
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..retrofit.facts import Fact, hide_facts, sentence_ends
-from .measuring import read_blocks
+from .measuring import read_losses
 from .metrics.answer_accuracy.answer_accuracy import answer_accuracy
 from .policies import policy_settings, settings_changed
 
@@ -91,15 +94,33 @@ def text_to_recall(
     return hide_facts(tokenizer, hay, places)[0], [places[place] for place in sorted(places)]
 
 
+Answers = list[tuple[list[int], list[int]]]
+
+
+@dataclass
+class Recalled:
+    """What a model made of a text with facts: said and true ids of every answer, losses of the tokens, bytes of the memory."""
+
+    answers: Answers
+    losses: torch.Tensor  # [T - 1], nats
+    state_bytes: int
+
+    def loss_from(self, token: int) -> float:
+        """Mean loss in nats from a token on."""
+        return self.losses[token:].mean().item()
+
+
 @torch.no_grad()
 def recalled(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: list[int], facts: Sequence[Fact]
-) -> list[tuple[list[int], list[int]]]:
+) -> Recalled:
     """
-    For every fact, the most likely ids of its answer, given the true ones before, and the true ids. The model reads the text
-    once; every question is put to a copy of its memory.
+    Read a text once, then put the question of every fact to a copy of the memory. What is said are the most likely ids of the
+    answer, given the true ones before.
     """
-    for _, _, memory in read_blocks(model, torch.tensor([token_ids])):
+    losses = []
+    for block_losses, memory in read_losses(model, torch.tensor([token_ids])):
+        losses.append(block_losses[0])
         cache = memory
     answers = []
     for fact in facts:
@@ -108,7 +129,31 @@ def recalled(
         asked = torch.tensor([question + answer], device=model.device)
         logits = model(asked, past_key_values=cache.clone(), use_cache=True).logits[0, len(question) - 1 : -1]
         answers.append((logits.argmax(-1).tolist(), answer))
-    return answers
+    return Recalled(answers, torch.cat(losses), cache.nbytes)
+
+
+def read_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: list[int],
+    policy: str,
+    length: int,
+    num_texts: int,
+    seed: int,
+) -> list[Recalled]:
+    """What a model makes of `num_texts` texts of `length` tokens under a policy."""
+    found = []
+    with settings_changed(model, **policy_settings(model, policy, length)):
+        for number in range(num_texts):
+            text, facts = text_to_recall(tokenizer, token_ids, length, random.Random(f"{seed} {number}"))
+            found.append(recalled(model, tokenizer, text, facts))
+    return found
+
+
+def accuracy(answers: Answers) -> dict[str, float]:
+    """`exact` and `token` accuracy, in [0, 1], and the number of `answers`."""
+    said, true = [said for said, _ in answers], [true for _, true in answers]
+    return answer_accuracy(said, true) | {"answers": len(answers)}
 
 
 def measure_recall(
@@ -127,16 +172,39 @@ def measure_recall(
         for length in lengths:
             if policy == "full" and full_limit is not None and length > full_limit:
                 continue
-            by_depth: list[list] = [[] for _ in KINDS]
-            with settings_changed(model, **policy_settings(model, policy, length)):
-                for number in range(num_texts):
-                    text, facts = text_to_recall(tokenizer, token_ids, length, random.Random(f"{seed} {number}"))
-                    for index, answer in enumerate(recalled(model, tokenizer, text, facts)):
-                        by_depth[index].append(answer)
-            records += [
-                {"policy": policy, "length": length, "depth": round((index + 0.5) / len(KINDS), 2)}
-                | answer_accuracy([said for said, _ in answers], [true for _, true in answers])
-                | {"answers": len(answers)}
-                for index, answers in enumerate(by_depth)
-            ]
+            found = read_texts(model, tokenizer, token_ids, policy, length, num_texts, seed)
+            for index, answers in enumerate(zip(*(text.answers for text in found))):
+                depth = round((index + 0.5) / len(KINDS), 2)
+                records.append({"policy": policy, "length": length, "depth": depth} | accuracy(list(answers)))
+    return records
+
+
+def measure_budgets(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: list[int],
+    policies: Sequence[str],
+    budgets: Sequence[int],
+    length: int,
+    num_texts: int,
+    seed: int = 0,
+    on_point: Callable[[dict], object] | None = None,
+) -> list[dict]:
+    """
+    Facts recalled and loss of a text's second half, against the bytes of the memory, by slots (all raw, unless a policy
+    says otherwise) and policy. `full` and `window`, whose bytes do not depend on the slots, are measured once.
+    """
+    records = []
+    for number, num_slots in enumerate(budgets):
+        with settings_changed(model, memory_slots=[num_slots, 0, 0]):
+            for policy in policies:
+                if number and policy in ("full", "window"):
+                    continue
+                found = read_texts(model, tokenizer, token_ids, policy, length, num_texts, seed)
+                loss = fmean(text.loss_from(length // 2) for text in found)
+                record = {"policy": policy, "slots": num_slots, "state_bytes": found[0].state_bytes}
+                record |= accuracy([answer for text in found for answer in text.answers])
+                records.append(record | {"loss": loss, "perplexity": math.exp(loss)})
+                if on_point is not None:
+                    on_point(records[-1])
     return records

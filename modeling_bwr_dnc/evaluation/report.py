@@ -42,6 +42,8 @@ def write_report(results: dict, folder: str | Path) -> list[Path]:
 
 def table(records: Sequence[dict]) -> str:
     """Records as a Markdown table: points down, policies across."""
+    if "state_bytes" in records[0]:
+        return _table_of_budgets(records)
     across = list(dict.fromkeys(record["policy"] for record in records))
     down = [name for name in ("slots", "pairs", "length", "depth", "start", "stop") if name in records[0]]
     value = "perplexity" if "perplexity" in records[0] else "exact"
@@ -56,6 +58,19 @@ def table(records: Sequence[dict]) -> str:
     return f"{unit}\n\n" + "\n".join(lines)
 
 
+def _table_of_budgets(records: Sequence[dict]) -> str:
+    lines = [
+        "| policy | slots | state, MB | facts exactly right | their tokens | perplexity |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        slots = "" if record["policy"] in ("full", "window") else f"{record['slots']:,}"
+        numbers = f"{record['exact']:.3f} | {record['token']:.3f} | {record['perplexity']:.3f}"
+        lines.append(f"| {record['policy']} | {slots} | {record['state_bytes'] / 1e6:.1f} | {numbers} |")
+    answers = records[0]["answers"]
+    return f"Share of {answers} facts in the text, and perplexity of its second half.\n\n" + "\n".join(lines)
+
+
 def draw(records: Sequence[dict], path: str | Path, title: str) -> None:
     """A picture of a measurement: curves over length or position, or a map per policy over depth or pairs."""
     from matplotlib.figure import Figure
@@ -63,7 +78,10 @@ def draw(records: Sequence[dict], path: str | Path, title: str) -> None:
     policies = list(dict.fromkeys(record["policy"] for record in records))
     axes_of_maps = {"depth": ("length", "depth"), "slots": ("pairs", "slots")}
     kind = next((name for name in axes_of_maps if name in records[0]), None)
-    if kind is None:
+    if "state_bytes" in records[0]:
+        figure = Figure(figsize=(11, 4.6), dpi=150, facecolor=PAPER, layout="constrained")
+        _draw_budgets(figure, records, policies)
+    elif kind is None:
         figure = Figure(figsize=(8, 4.6), dpi=150, facecolor=PAPER, layout="constrained")
         _draw_curves(figure.subplots(), records, policies)
     else:
@@ -101,6 +119,26 @@ def _draw_curves(axes, records: Sequence[dict], policies: Sequence[str]) -> None
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     _tidy(axes)
+
+
+def _draw_budgets(figure, records: Sequence[dict], policies: Sequence[str]) -> None:
+    labels = {"exact": "facts exactly right", "perplexity": "perplexity of the second half"}
+    for axes, value in zip(figure.subplots(1, 2), labels):
+        for policy in policies:
+            mine = sorted((r for r in records if r["policy"] == policy), key=lambda r: r["state_bytes"])
+            across = [record["state_bytes"] / 1e6 for record in mine]
+            style = {"linewidth": 2.6, "zorder": 3} if policy == "memory" else {"linewidth": 1.6}
+            name = policy.removeprefix("score:").replace("_", " ")
+            color = color_of(policy, policies)
+            axes.plot(across, [record[value] for record in mine], "o-", markersize=4, color=color, label=name, **style)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xlabel("state (MB)", color=INK)
+        axes.set_ylabel(labels[value], color=INK)
+        axes.grid(alpha=0.25)
+        _tidy(axes)
+    figure.axes[0].set_ylim(-0.03, 1.03)
+    figure.axes[1].legend(frameon=False, fontsize=8)
 
 
 def _draw_maps(figure, records: Sequence[dict], policies: Sequence[str], across: str, down: str) -> None:

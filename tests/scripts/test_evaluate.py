@@ -30,6 +30,23 @@ def test_facts_asked_from_forks_of_one_reading(call, tiny_model, tmp_path):
     assert all(record["answers"] == 2 and 0 <= record["exact"] <= 1 for record in records)
 
 
+def test_facts_and_loss_against_bytes(call, tiny_model, tmp_path):
+    arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "budgets", "--lengths", 700, "--rows", 1]
+    policies = ["memory", "three_levels", "score:attention", "full"]
+    code, printed, errors = call(evaluate, *arguments, "--budgets", 14, 28, "--policies", *policies)
+    assert code == 0, errors
+    records = json.loads((tmp_path / "results.json").read_text())["measurements"]["budgets_at_700"]
+    assert [(record["policy"], record["slots"]) for record in records] == [
+        *((policy, 14) for policy in policies),
+        *((policy, 28) for policy in policies[:-1]),
+    ]
+    small, large = (next(r for r in records if (r["policy"], r["slots"]) == ("memory", slots)) for slots in (14, 28))
+    assert small["state_bytes"] < large["state_bytes"] < records[3]["state_bytes"]
+    assert all(record["answers"] == 8 for record in records)
+    assert "memory, 28 slots" in printed and "| three_levels | 14 |" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "budgets_at_700.png").stat().st_size > 0
+
+
 def test_tasks_budgets_and_scores(call, tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "accuracy", "pairs", "--task", "lookup"]
     arguments += ["--lengths", 64, "--rows", 1, "--option", "num_queries=2", "--pairs", 4, 8, "--slots", 4]

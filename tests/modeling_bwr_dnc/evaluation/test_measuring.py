@@ -103,6 +103,7 @@ def test_controls_hold_what_they_say(model, input_ids):
     kept, count = held_positions(model, row, "random")
     assert count == 14 and set(kept) < set(everything) and kept != held_positions(model, row, "memory")[0]
     assert held_positions(model, row, "memory")[1] == 14
+    assert policy_settings(model, "three_levels", 64) == {"memory_slots": [8, 4, 2]}
 
 
 def test_full_attention_is_a_model_whose_slots_never_overflow(model, input_ids):

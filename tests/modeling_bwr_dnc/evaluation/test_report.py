@@ -16,6 +16,13 @@ GRID = [{"policy": "memory", "slots": s, "pairs": p, "exact": s / (s + p)} for s
 PAIRS = [{"policy": "full", "length": 512, "pairs": pairs, "exact": 8 / pairs} for pairs in (8, 16, 32)]
 DEPTHS = [{"policy": "memory", "length": 1024, "depth": depth, "exact": depth} for depth in (0.0, 0.5, 1.0)]
 
+BUDGETS = [
+    {"policy": policy, "slots": slots, "state_bytes": slots * 1000, "exact": 0.5, "token": 0.75, "answers": 8}
+    | {"loss": 3.0, "perplexity": 20.0855}
+    for policy in ("memory", "score:attention")
+    for slots in (192, 768)
+]
+
 
 def test_table_puts_policies_side_by_side():
     assert table(LENGTHS).splitlines()[2:] == [
@@ -24,6 +31,7 @@ def test_table_puts_policies_side_by_side():
         "| 256 | 1.000 | 0.500 | 0.250 |",
         "| 4,096 | 0.987 | 0.016 | – |",
     ]
+    assert table(BUDGETS).splitlines()[-1] == "| score:attention | 768 | 0.8 | 0.500 | 0.750 | 20.085 |"
     assert "| 0 | 256 | 20.085 |" in table(LOSS) or "| 0 | 256 | 20.086 |" in table(LOSS)
 
 
@@ -44,7 +52,7 @@ def test_report_is_complete(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("records", [LENGTHS, GRID, DEPTHS, PAIRS])
+@pytest.mark.parametrize("records", [LENGTHS, GRID, DEPTHS, PAIRS, BUDGETS])
 def test_pictures_show_the_numbers(records, tmp_path):
     """Another number, another picture."""
     from modeling_bwr_dnc.evaluation.report import draw

@@ -8,7 +8,7 @@ import torch
 
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.conversion.memory_adapter import load_memory_adapter, save_memory_adapter
-from modeling_bwr_dnc.evaluation.measuring import read_blocks
+from modeling_bwr_dnc.evaluation.measuring import read_blocks, token_losses
 from modeling_bwr_dnc.evaluation.recall import recalled, text_to_recall
 from modeling_bwr_dnc.retrofit import fit_salience
 from modeling_bwr_dnc.retrofit.salience import Moments, discriminant, text_with_facts
@@ -90,8 +90,12 @@ def test_an_adapter_brings_salience_and_its_settings(model, tokenizer, manual, t
 def test_questions_leave_no_trace_in_each_other(model, tokenizer, manual):
     ids, facts = text_to_recall(tokenizer, manual, 700, random.Random(0))
     together = recalled(model, tokenizer, ids, facts)
-    assert together[-1:] == recalled(model, tokenizer, ids, facts[-1:])
-    assert [tokenizer.decode(answer) for _, answer in together] == [" " + fact.answer for fact in facts]
+    alone = recalled(model, tokenizer, ids, facts[-1:])
+    assert together.answers[-1:] == alone.answers
+    torch.testing.assert_close(together.losses, token_losses(model, torch.tensor([ids]))[0])
+    assert together.loss_from(300) == pytest.approx(together.losses[300:].mean().item())
+    assert together.state_bytes == alone.state_bytes > 0
+    assert [tokenizer.decode(answer) for _, answer in together.answers] == [" " + fact.answer for fact in facts]
 
 
 def test_nothing_to_learn_from_is_refused(model, tokenizer):
