@@ -1,7 +1,8 @@
 """A training run from a recipe: model, data, Trainer, and a folder with the result."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from ..configuration_bwr_dnc import BwrDncConfig
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..peft_defaults import MEMORY_MODULES, NOT_QUANTIZED
 from ..presets import list_presets, preset_path, tokenizer_path
-from ..tasks import PHASES, TASKS, Curriculum
+from ..tasks import PHASES, TASKS, Curriculum, Task
 from ..tasks.curriculum_callback import CurriculumCallback
 from .arguments import BwrDncTrainingArguments
 from .data import DataSource, RowCollator, build_rows, split_validation
@@ -74,9 +75,12 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
     if checkpoint is not None:
         check_checkpoint(checkpoint, model)
     model = prepare_for_method(model, recipe)
-    curricula = Curricula(model.config.segment_length, arguments.train_batch_size, arguments.seed)
+    config = model.config
+    tasks = GeneratedTasks(
+        tokenizer, config.vocab_size, config.segment_length, arguments.train_batch_size, arguments.seed
+    )
     with arguments.main_process_first(desc="reading the data"):
-        train_rows, validation_rows = load_rows(recipe, tokenizer, arguments.seed, curricula)
+        train_rows, validation_rows = load_rows(recipe, tokenizer, arguments.seed, tasks)
     try:
         trainer = BwrDncTrainer(
             model=model,
@@ -91,7 +95,7 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
     except (ImportError, RuntimeError) as error:
         # A missing logger or optimizer library says what to install.
         raise ValueError(str(error)) from error
-    for callback in curricula.callbacks:
+    for callback in tasks.callbacks:
         callback.follow(trainer)
     output = trainer.train(resume_from_checkpoint=checkpoint)
     eval_loss = trainer.evaluate()["eval_loss"] if validation_rows is not None else None
@@ -296,36 +300,65 @@ def add_adapter(model: BwrDncForCausalLM, settings: dict) -> nn.Module:
 CURRICULUM = "curriculum"
 
 
-class Curricula:
+class GeneratedTasks:
     """
-    The curricula among the sources of a run, each with the callback that moves it.
+    The tasks among the sources of a run, and the callbacks that move those that are curricula.
 
-    A source is `{task: curriculum, options: {...}}`; its options are `first_length` and the fields of `Curriculum` and
-    `CurriculumCallback`.
+    A source is `{task: NAME, options: {...}}` with the fields of the task (texts become tokens by the model's tokenizer), or
+    `{task: curriculum, options: {...}}` with `first_length` and the fields of `Curriculum` and `CurriculumCallback`.
     """
 
-    def __init__(self, segment_length: int, batch_size: int, seed: int):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, segment_length: int, batch_size: int, seed: int
+    ):
+        """
+        Args:
+            vocab_size: of the model; `segment_length` too.
+            batch_size: rows in a row that share task and length in a curriculum.
+        """
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.defaults = {"segment_length": segment_length, "rows_per_length": batch_size, "seed": seed}
         self.callbacks: list = []
         self.by_source: dict[int, Curriculum] = {}
 
-    def examples(self, source: DataSource):
+    def examples(self, source: DataSource) -> Iterable[dict]:
         """Examples of a generated task, without end; the same curriculum whenever it is asked for."""
         if source.task != CURRICULUM:
-            return make_task(source)
+            return self._task(source).dataset()
         if id(source) not in self.by_source:
             options = self.defaults | source.options
             following = {name: options.pop(name) for name in ("every", "num_rows") if name in options}
             try:
                 curriculum = Curriculum.scaled(options.pop("first_length", PHASES[0].length), **options)
+                self._require_known_ids(curriculum, CURRICULUM)
                 self.callbacks.append(CurriculumCallback(curriculum, **following))
             except TypeError as error:
                 raise ValueError(f"`options` of the curriculum do not fit: {error}") from None
             self.by_source[id(source)] = curriculum
         return self.by_source[id(source)].rows()
 
+    def _task(self, source: DataSource) -> Task:
+        if source.task not in TASKS:
+            raise ValueError(f"there is no task {source.task!r}; known are {', '.join(sorted([*TASKS, CURRICULUM]))}")
+        kind = TASKS[source.task]
+        reads_text = any(field.name == "tokenizer" for field in fields(kind))
+        try:
+            task = kind(**({"tokenizer": self.tokenizer} if reads_text else {}) | source.options)
+        except TypeError as error:
+            raise ValueError(f"`options` of the task {source.task!r} do not fit: {error}") from None
+        self._require_known_ids(task, source.task)
+        return task
 
-def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, curricula: Curricula):
+    def _require_known_ids(self, task: Task | Curriculum, name: str) -> None:
+        used = getattr(task, "vocab_size", 0)
+        if used > self.vocab_size:
+            raise ValueError(
+                f"the task {name!r} uses {used} token ids, but the model has {self.vocab_size}; lower `vocab_size` in its "
+                "`options`, or raise model_settings.vocab_size"
+            )
+
+
+def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, tasks: GeneratedTasks):
     """Training rows, and validation rows or None."""
     data = recipe.data
     if any(source.task == CURRICULUM for source in data.validation):
@@ -339,7 +372,7 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, cur
             packing=data.packing,
             streaming=streaming,
             seed=seed,
-            make_task=curricula.examples,
+            make_task=tasks.examples,
         )
 
     rows = build(data.sources, data.streaming)
@@ -348,16 +381,6 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, cur
     if data.validation_fraction is not None:
         return split_validation(rows, data.validation_fraction, seed)
     return rows, None
-
-
-def make_task(source: DataSource):
-    """Examples of a generated task, without end, by its name."""
-    if source.task not in TASKS:
-        raise ValueError(f"there is no task {source.task!r}; known are {', '.join(sorted([*TASKS, CURRICULUM]))}")
-    try:
-        return TASKS[source.task](**source.options).dataset()
-    except TypeError as error:
-        raise ValueError(f"`options` of the task {source.task!r} do not fit: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- result

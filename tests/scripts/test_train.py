@@ -14,6 +14,8 @@ import yaml
 from peft import PeftModel
 
 from modeling_bwr_dnc import BwrDncForCausalLM
+from modeling_bwr_dnc.training.data import DataSource
+from modeling_bwr_dnc.training.run import GeneratedTasks
 from scripts import finetune, train
 from tests.modeling_bwr_dnc.builders import tiny_config
 from tests.scripts.conftest import REPOSITORY
@@ -167,6 +169,13 @@ def test_tasks_are_data(call, recipe):
     assert code == 0, errors
 
 
+def test_a_task_of_text_is_written_in_the_tokens_of_the_model():
+    tokenizer = byte_tokenizer()
+    tasks = GeneratedTasks(tokenizer, vocab_size=260, segment_length=8, batch_size=1, seed=0)
+    row = next(iter(tasks.examples(DataSource(task="passkey", options={"length": 400}))))
+    assert "The pass key is" in tokenizer.decode(row["input_ids"])
+
+
 def test_a_run_reports_to_tensorboard(call, recipe, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -218,6 +227,8 @@ def test_a_curriculum_follows_the_model_and_goes_on_where_it_was(call, recipe, b
         (["data.sources=missing.txt"], "no file or folder missing.txt"),
         (["data.sources=[]"], "`data.sources` is empty"),
         (["data.sources=[{task: nonsense}]"], "no task 'nonsense'"),
+        (["data.sources=[{task: mqar}]"], "uses 8192 token ids, but the model has 260"),
+        (["data.sources=[{task: curriculum, options: {vocab_size: 300}}]"], "uses 300 token ids"),
         (["method=lora"], "use scripts.finetune"),
         (["model=nowhere"], "no preset or model folder nowhere"),
         (["model_settings.memory_slot=[1,1,1]"], "memory_slot"),
