@@ -1,10 +1,12 @@
-"""Train models of 0.1 million parameters from scratch on a long-range task: the memory, full attention and window only, alike;
-then measure them far beyond the training length. Minutes per model on one CPU core.
+"""Train models of 0.1 million parameters from scratch on a long-range task: the memory, full attention, window only, Mamba2 and
+gated DeltaNet, alike, or the memory without one of its parts; then measure them far beyond the training length. Minutes per
+model on one CPU core.
 
 Examples:
   python -m scripts.train_task --output runs/recall
   python -m scripts.train_task --output runs/recall --seeds 0 1 2 --lengths 256 1024 4096 16384
   python -m scripts.train_task --output runs/hops --task recall --option hops=2 num_chains=5 --models memory full
+  python -m scripts.train_task --output runs/parts --models memory no_salience no_noise mean_compressor
 """
 
 import argparse
@@ -17,11 +19,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
-from modeling_bwr_dnc.evaluation.measuring import task_accuracy
+from modeling_bwr_dnc.evaluation.measuring import read_blocks, task_accuracy
+from modeling_bwr_dnc.evaluation.peers import cache_nbytes
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.tasks import TASKS, Task
-from modeling_bwr_dnc.tasks.learning import MODEL_KINDS, Stage, learn, small_config, staged
+from modeling_bwr_dnc.tasks.learning import ABLATIONS, MODEL_KINDS, Stage, learn, small_config, staged
 from scripts.command_line import run
 from scripts.evaluate import TASK_FILE, task_from
 
@@ -39,12 +43,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--option", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the task, such as num_pairs=16"
     )
     parser.add_argument("--length", type=int, default=256, help="the longest training rows, in tokens")
-    parser.add_argument("--models", nargs="+", choices=MODEL_KINDS, default=list(MODEL_KINDS))
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=(*MODEL_KINDS, *ABLATIONS),
+        default=list(MODEL_KINDS),
+        metavar="KIND",
+        help=f"of {', '.join(MODEL_KINDS)} (these by default); the memory with one part changed: {', '.join(ABLATIONS)}",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--memory-learning-rate", type=float, default=1e-2)
+    parser.add_argument("--salience-cost", type=float, default=0.0, help="weight of the cost of being salient (0)")
     parser.add_argument("--memory-slots", nargs=3, type=int, default=[32, 16, 8], metavar="N", help="raw, 2x, 4x")
     parser.add_argument(
         "--setting",
@@ -53,7 +65,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="fields of the model's config, such as usage_weight=1",
     )
-    parser.add_argument("--no-noise", action="store_true", help="no noise on what the memory keeps in training")
     parser.add_argument(
         "--no-stages", action="store_true", help="rows of full length from the start, instead of short ones first"
     )
@@ -87,15 +98,23 @@ def train_task(arguments: argparse.Namespace) -> None:
                 arguments.tokens_per_batch,
                 arguments.learning_rate,
                 arguments.memory_learning_rate,
-                retention_noise=not arguments.no_noise,
+                retention_noise=kind != "no_noise",
+                salience_cost=arguments.salience_cost,
                 measure=lambda model: task_accuracy(model, _unseen(task), 8)["exact"],
             )
             model = learned.model
-            trainings.append(
-                {"model": kind, "seed": seed, "seconds": round(learned.seconds, 1), "curve": learned.curve}
-            )
+            training = {
+                "model": kind,
+                "seed": seed,
+                "parameters": model.num_parameters(),
+                "state_bytes": state_bytes(model, _unseen(task)),
+                "seconds": round(learned.seconds, 1),
+                "curve": learned.curve,
+            }
+            trainings.append(training)
             print(
-                f"{kind}, seed {seed}: {model.num_parameters():,} parameters, {learned.seconds:.0f} s of one core",
+                f"{kind}, seed {seed}: {training['parameters']:,} parameters, {training['state_bytes']:,} bytes of state after "
+                f"{task.length:,} tokens, {learned.seconds:.0f} s of one core",
                 flush=True,
             )
             folder = output / f"{kind}-{seed}"
@@ -138,6 +157,14 @@ def _results(arguments, task: Task, by_length: list[dict], by_pairs: list[dict],
         "by_seed": by_length + by_pairs,
         "trainings": trainings,
     }
+
+
+def state_bytes(model: PreTrainedModel, task: Task) -> int:
+    """Bytes that a model carries on after reading a row."""
+    row = torch.tensor([task.row(0)["input_ids"]])
+    for _, _, cache in read_blocks(model, row):
+        carried = cache_nbytes(cache)
+    return carried
 
 
 def _unseen(task: Task, **changes) -> Task:

@@ -1,5 +1,5 @@
 """
-Learning a task from scratch with a very small model, in minutes on a CPU.
+Learning a task from scratch with a very small model, in minutes on a CPU: ours, and others beside it.
 
 Short rows come first: what a question asks for is learned where everything is still in sight, and only then what to keep. Rows
 of a batch share a length, batches have about the same number of tokens.
@@ -13,52 +13,76 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from datasets import IterableDataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    Mamba2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    Qwen3NextConfig,
+    Trainer,
+    TrainerCallback,
+)
 
 from ..configuration_bwr_dnc import BwrDncConfig
-from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..training.arguments import BwrDncTrainingArguments
 from ..training.trainer import BwrDncTrainer
 from .curriculum import Curriculum
 from .curriculum_callback import CurriculumCallback
 from .task import Task, require
 
-# What is trained alike and compared: the memory, full attention (slots that hold everything, positions as ranks), and sinks and
-# window only.
-MODEL_KINDS = ("memory", "full", "window")
+# What is trained alike and compared: the memory; with the same parameters full attention (slots that hold everything, positions as
+# ranks), and sinks and window only; and two recurrent models (Dao and Gu, 2024; Yang et al., 2024).
+MODEL_KINDS = ("memory", "full", "window", "mamba2", "gated_deltanet")
+# The memory less one of its parts each, or in the case of usage with one more; without noise is a matter of the training.
+ABLATIONS: dict[str, dict] = {
+    "no_salience": {"use_salience": False, "usage_weight": 1.0},
+    "with_usage": {"usage_weight": 1.0},
+    "no_routing": {"use_routing": False},
+    "no_compression": {},
+    "mean_compressor": {"use_learned_compressor": False},
+    "no_noise": {},
+}
 
 
-def small_config(kind: str, task: Task, memory_slots: Sequence[int] = (32, 16, 8), **settings) -> BwrDncConfig:
+def small_config(kind: str, task: Task, memory_slots: Sequence[int] = (32, 16, 8), **settings) -> PreTrainedConfig:
     """
-    A two-layer model of about 0.1 million parameters with a short convolution.
+    A model of about 0.1 million parameters: two layers with a short convolution, or three of Mamba2.
 
     Args:
-        kind: one of `MODEL_KINDS`; the parameters are the same for all.
+        kind: one of `MODEL_KINDS`, of which the first three have the same parameters, or of `ABLATIONS`.
         memory_slots: raw, 2x, 4x, of the kind `memory`.
         settings: other fields of the config.
     """
-    require(kind in MODEL_KINDS, "kind", kind, f"be one of {', '.join(MODEL_KINDS)}")
-    longest = 1 << 20
-    by_kind: dict[str, dict] = {
-        "memory": {"memory_slots": list(memory_slots), "memory_position": "constant"},
-        "full": {"memory_slots": [longest // 2, 0, 0], "memory_position": "rank", "max_position_embeddings": longest},
-        "window": {"memory_slots": list(memory_slots), "memory_position": "constant", "use_memory": False},
-    }
-    defaults = {
+    kinds = (*MODEL_KINDS, *ABLATIONS)
+    require(kind in kinds, "kind", kind, f"be one of {', '.join(kinds)}")
+    shared = {
         "vocab_size": getattr(task, "vocab_size", 256),
         "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "segment_length": 16,
-        "num_sink_tokens": 4,
-        "short_conv_kernel": 3,
-        "usage_weight": 0.0,
         "initializer_range": 0.1,
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return BwrDncConfig(**defaults | by_kind[kind] | settings)
+    if kind == "mamba2":
+        shape = {"num_hidden_layers": 3, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16}
+        return Mamba2Config(**shared | shape | {"tie_word_embeddings": True, "pad_token_id": None} | settings)
+    attention = {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "gated_deltanet":
+        heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
+        heads |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+        # Of Qwen3-Next only the recurrent layers, with dense MLPs.
+        layers = {"layer_types": ["linear_attention"] * 2, "mlp_only_layers": [0, 1], "tie_word_embeddings": True}
+        return Qwen3NextConfig(**shared | attention | heads | layers | settings)
+    longest = 1 << 20
+    memory = {"memory_slots": list(memory_slots), "memory_position": "constant"}
+    by_kind: dict[str, dict] = {
+        "full": {"memory_slots": [longest // 2, 0, 0], "memory_position": "rank", "max_position_embeddings": longest},
+        "window": memory | {"use_memory": False},
+        "no_compression": memory | {"memory_slots": [sum(memory_slots), 0, 0]},
+    }
+    by_kind |= {name: memory | changes for name, changes in ABLATIONS.items() if name not in by_kind}
+    reader = {"segment_length": 16, "num_sink_tokens": 4, "short_conv_kernel": 3, "usage_weight": 0.0}
+    return BwrDncConfig(**shared | attention | reader | by_kind.get(kind, memory) | settings)
 
 
 @dataclass(frozen=True)
@@ -107,13 +131,13 @@ def batches(stages: Sequence[Stage], num_steps: int, tokens_per_batch: int, seed
 class Learned:
     """A trained model, the seconds it took without measuring, and what was measured on the way: step, seconds, accuracy."""
 
-    model: BwrDncForCausalLM
+    model: PreTrainedModel
     seconds: float
     curve: list[dict] = field(default_factory=list)
 
 
 def learn(
-    config: BwrDncConfig,
+    config: PreTrainedConfig,
     stages: Sequence[Stage] | Curriculum,
     num_steps: int = 700,
     seed: int = 0,
@@ -121,7 +145,8 @@ def learn(
     learning_rate: float = 5e-3,
     memory_learning_rate: float = 1e-2,
     retention_noise: bool = True,
-    measure: Callable[[BwrDncForCausalLM], float] | None = None,
+    salience_cost: float = 0.0,
+    measure: Callable[[PreTrainedModel], float] | None = None,
     measure_every: int = 50,
     stop_at: float | None = None,
     adapt_every: int | None = 50,
@@ -135,15 +160,17 @@ def learn(
             that this takes counts as training.
         memory_learning_rate: of salience, routing and compressor, which get no weight decay.
         retention_noise: Gumbel noise on what the memory keeps, without which an entry that is never kept is never tried.
+        salience_cost: see `BwrDncTrainingArguments`.
         measure: accuracy of the model; called every `measure_every` steps.
         stop_at: end the training when `measure` has reached this.
     """
     # Small activations decay into denormal numbers, which CPUs compute with many times slower.
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
-    model = BwrDncForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     source = {"stages": [stages], "num_steps": num_steps, "tokens_per_batch": tokens_per_batch, "seed": seed}
     rows = IterableDataset.from_generator(_batches, gen_kwargs=source)
+    is_ours = config.model_type == BwrDncConfig.model_type
     watch = _Watch(measure, measure_every, stop_at)
     with tempfile.TemporaryDirectory() as folder:
         arguments = BwrDncTrainingArguments(
@@ -153,6 +180,7 @@ def learn(
             learning_rate=learning_rate,
             memory_learning_rate=memory_learning_rate,
             retention_noise=retention_noise,
+            salience_cost=salience_cost if is_ours else 0.0,
             lr_scheduler_type="warmup_stable_decay",
             lr_scheduler_kwargs={"num_decay_steps": round(0.3 * num_steps), "min_lr_ratio": 0.05},
             warmup_steps=min(50, num_steps // 4),
@@ -166,14 +194,16 @@ def learn(
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
+            use_cache=is_ours,
         )
-        trainer = BwrDncTrainer(
+        trainer = (BwrDncTrainer if is_ours else Trainer)(
             model=model, args=arguments, train_dataset=rows, data_collator=_whole_batch, callbacks=[watch]
         )
         trainer.remove_callback(PrinterCallback)
         if isinstance(stages, Curriculum) and adapt_every is not None:
             CurriculumCallback(stages, adapt_every).follow(trainer)
         trainer.train()
+    model.config.use_cache = True
     return Learned(model.eval(), watch.elapsed(), watch.curve)
 
 

@@ -30,6 +30,13 @@ class BwrDncTrainingArguments(TrainingArguments):
     retention_noise: bool = field(
         default=False, metadata={"help": "Gumbel noise on what the memory retains, seeded by the step."}
     )
+    salience_cost: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight beside the loss of the mean softplus of salience logits, at which what nothing needs sinks: the "
+            "answers of a task stop teaching it once they are right."
+        },
+    )
     optimizer_in_backward: bool = field(
         default=False,
         metadata={"help": "Update each parameter as soon as its gradient is complete, and free the gradient at once."},
@@ -48,7 +55,7 @@ class BwrDncTrainingArguments(TrainingArguments):
         # The reentrant variant runs a layer without gradients first, and would write its memory twice.
         self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
         super().__post_init__()
-        for name, least in (("gradient_spans", 0), ("loss_chunk_length", 1)):
+        for name, least in (("gradient_spans", 0), ("loss_chunk_length", 1), ("salience_cost", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {least}.")
         if self.span_length is not None and self.span_length < 1:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from ..state_bank import StateBankCache
 from ..token_loss import IGNORED
 from .allocator import return_freed_memory
 from .arguments import BwrDncTrainingArguments
-from .memory_metrics import GateMovement, bank_metrics, is_memory_parameter
+from .memory_metrics import GateMovement, SalienceCost, bank_metrics, is_memory_parameter
 from .spans import read_in_spans, shift_labels
 from .staging import complete_folder
 
@@ -39,6 +39,7 @@ class BwrDncTrainer(Trainer):
                 "DeepSpeed updates the weights after every backward pass, but detached spans need several per step; set "
                 "gradient_spans to 0, or use DDP or FSDP2."
             )
+        self.salience_cost = SalienceCost(self.model) if self.args.salience_cost else None
         self.gate_movement = GateMovement(self.model) if self.args.log_memory else None
         self.memory_metrics: dict[str, float] = {}
 
@@ -62,18 +63,28 @@ class BwrDncTrainer(Trainer):
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 losses = []
                 for _ in range(min(per_gradient, num_spans - first)):
-                    with self.compute_loss_context_manager():
+                    with self.compute_loss_context_manager(), self._salience_heard():
                         loss, cache = next(spans)
                     losses.append(loss * scale)
                 loss = torch.stack(losses).sum()
+                total = total + loss.detach()
                 del losses
+                if self.salience_cost is not None:
+                    weight = self.args.salience_cost * min(per_gradient, num_spans - first) / num_spans
+                    loss = loss + self.salience_cost.take() * weight / self._accumulated()
                 self.accelerator.backward(loss)
-            total = total + loss.detach()
             if cache is not None:
                 cache.detach()
         if cache is not None and self.args.log_memory:
             self.memory_metrics = bank_metrics(cache)
         return total
+
+    def _salience_heard(self) -> AbstractContextManager:
+        return nullcontext() if self.salience_cost is None else self.salience_cost.listening()
+
+    def _accumulated(self) -> int:
+        """Backward passes of this optimizer step."""
+        return max(getattr(self, "current_gradient_accumulation_steps", 1), 1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one batch, read in spans; without gradients their memory does not grow with the length either."""
@@ -95,7 +106,7 @@ class BwrDncTrainer(Trainer):
         """What a sum over tokens is multiplied with, to make the mean over the label tokens of the whole optimizer step."""
         if num_items_in_batch is None:
             count = (shift_labels(inputs["labels"]) != IGNORED).sum()
-            return 1 / (count.clamp(min=1) * max(getattr(self, "current_gradient_accumulation_steps", 1), 1))
+            return 1 / (count.clamp(min=1) * self._accumulated())
         # Gradients of processes are averaged, but the count is over all of them.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return processes / max(num_items_in_batch, 1)

@@ -4,21 +4,53 @@ import pytest
 import torch
 
 from modeling_bwr_dnc import BwrDncForCausalLM
-from modeling_bwr_dnc.evaluation.measuring import task_accuracy
+from modeling_bwr_dnc.evaluation.measuring import read_blocks, task_accuracy
 from modeling_bwr_dnc.tasks import Copy, Lookup
-from modeling_bwr_dnc.tasks.learning import MODEL_KINDS, Stage, batches, learn, small_config, staged
+from modeling_bwr_dnc.tasks.learning import ABLATIONS, MODEL_KINDS, Stage, batches, learn, small_config, staged
 
 TASK = Lookup(length=64, vocab_size=44, num_pairs=4, num_queries=2)
 
 
 def test_kinds_have_the_same_parameters():
-    models = [BwrDncForCausalLM(small_config(kind, Lookup())) for kind in MODEL_KINDS]
+    models = [BwrDncForCausalLM(small_config(kind, Lookup())) for kind in MODEL_KINDS[:3]]
     shapes = [{name: parameter.shape for name, parameter in model.named_parameters()} for model in models]
     assert shapes[0] == shapes[1] == shapes[2] and 1e5 < models[0].num_parameters() < 5e5
     assert models[1].config.lossless_length > 500_000
     assert not models[2].config.use_memory
     with pytest.raises(ValueError, match="`kind` is 'infinite'"):
         small_config("infinite", TASK)
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "gated_deltanet"])
+def test_recurrent_models_learn_like_ours_and_carry_their_state_from_block_to_block(kind):
+    config = small_config(kind, TASK, hidden_size=64)
+    learned = learn(config, staged(TASK, 32), num_steps=3, tokens_per_batch=128)
+    row = torch.tensor([TASK.row(0)["input_ids"]])
+    (whole,) = (hidden for _, hidden, _ in read_blocks(learned.model, row))
+    blocks = torch.cat([hidden for _, hidden, _ in read_blocks(learned.model, row, block_length=24)], dim=1)
+    assert 1e5 < learned.model.num_parameters() < 3e5
+    assert torch.allclose(blocks, whole, atol=1e-4)
+    alone = torch.cat(
+        [hidden for part in row.split(24, 1) for _, hidden, _ in read_blocks(learned.model, part)], dim=1
+    )
+    assert not torch.allclose(alone, whole, atol=1e-2)
+
+
+def test_ablations_change_one_thing_each():
+    whole = small_config("memory", TASK).to_dict()
+    changed = {
+        kind: {name for name, value in small_config(kind, TASK).to_dict().items() if value != whole[name]}
+        for kind in ABLATIONS
+    }
+    assert changed == {
+        "no_salience": {"use_salience", "usage_weight"},
+        "with_usage": {"usage_weight"},
+        "no_routing": {"use_routing"},
+        "no_compression": {"memory_slots"},
+        "mean_compressor": {"use_learned_compressor"},
+        "no_noise": set(),
+    }
+    assert sum(small_config("no_compression", TASK).memory_slots) == sum(whole["memory_slots"])
 
 
 def test_stages_double_up_to_the_task():

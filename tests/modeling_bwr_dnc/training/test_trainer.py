@@ -8,6 +8,7 @@ import torch
 
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.training import BwrDncTrainingArguments
+from modeling_bwr_dnc.training.spans import read_in_spans
 from tests.modeling_bwr_dnc.builders import tiny_config
 from tests.modeling_bwr_dnc.training.conftest import losses
 
@@ -66,9 +67,42 @@ def test_updating_in_the_backward_pass_changes_nothing_but_the_memory_it_takes(t
     assert all(parameter.grad is None for parameter in early.model.parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"span_length": 32, "gradient_spans": 0}])
+def test_salience_costs_what_is_said(train, rows, options):
+    """Gradients with the cost, less those without, are those of the mean softplus of all salience logits; the loss is as before."""
+    gradients, found = [], []
+    for cost in (0.3, 0.0):
+        trainer = train(max_steps=1, learning_rate=0.0, salience_cost=cost, **{"span_length": None, **options})
+        model, batch = trainer.model, trainer.data_collator([rows[0], rows[1]])
+        for name, parameter in model.named_parameters():
+            if ".salience." in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(1)
+        model.zero_grad()
+        found.append(trainer.training_step(model, dict(batch)).item())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    heard = []
+    heads = [module for name, module in model.named_modules() if name.endswith(".salience")]
+    hooks = [head.register_forward_hook(lambda module, inputs, output: heard.append(output)) for head in heads]
+    torch.manual_seed(1)
+    model.train()
+    model.zero_grad()
+    length = options.get("span_length", 96)
+    for _ in read_in_spans(model, dict(batch), length, 256):
+        pass
+    (0.3 * torch.stack([torch.nn.functional.softplus(salience).mean() for salience in heard]).mean()).backward()
+    for hook in hooks:
+        hook.remove()
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    for name, parameter in model.named_parameters():
+        expected = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        torch.testing.assert_close(gradients[0][name] - gradients[1][name], expected, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"salience_cost": -1.0}, "salience_cost"),
         ({"optimizer_in_backward": True}, "max_grad_norm"),
         ({"optimizer_in_backward": True, "max_grad_norm": 0.0, "span_length": 8}, "gradient_spans"),
         ({"span_length": 0}, "span_length"),
