@@ -71,6 +71,9 @@ class RotaryTable:
 
     def range(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [stop - start, D] of consecutive positions."""
+        if torch.compiler.is_compiling():
+            # A look-up by position would compile anew for every one.
+            return self.at(torch.arange(start, stop, device=self.device))
         if (start, stop) not in self.ranges:
             self.ranges[start, stop] = self.at(torch.arange(start, stop, device=self.device))
         return self.ranges[start, stop]

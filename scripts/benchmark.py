@@ -113,30 +113,45 @@ def benchmark(arguments: argparse.Namespace) -> None:
         clock=arguments.clock,
     )
     bench = Benchmark(settings, arguments.minutes, say=lambda line: print(line, file=sys.stderr, flush=True))
+    command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+
+    def keep(others: dict | None = None) -> dict:
+        """Everything measured so far, also in a file: an interrupted run leaves what it has."""
+        results = summarize(bench.results(command)) | {"throughput": others or {}}
+        (output / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        return results
+
     asked = set(arguments.what)
     if "train" in asked:
         for length in arguments.lengths or measure.TRAINING_LENGTHS:
             bench.training(length)
+            keep()
     if "cold" in asked:
         bench.cold_start()
-    measure_reading(bench, asked, arguments.lengths)
+    for length, prefills, decodes in reading_plan(asked, arguments.lengths):
+        bench.reading(length, prefill_rounds=None if prefills else 0, decodes=decodes)
+        keep()
     if "memory" in asked:
         lengths = arguments.lengths[-1:] if arguments.quick else arguments.lengths
-        for length in lengths or measure.READING_MEMORY_LENGTHS:
-            bench.reading_memory(length)
         for length in lengths or measure.TRAINING_MEMORY_LENGTHS:
             bench.training_memory(length, MEMORY_VARIANTS)
-    others = measure_announced(bench) if "announced" in asked else {}
-    command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
-    write(summarize(bench.results(command)) | {"throughput": others}, Path(arguments.output))
+            keep()
+        for length in lengths or measure.READING_MEMORY_LENGTHS:
+            bench.reading_memory(length)
+            keep()
+    write(keep(measure_announced(bench) if "announced" in asked else {}), output)
 
 
-def measure_reading(bench: Benchmark, asked: set[str], lengths: list[int] | None) -> None:
+def reading_plan(asked: set[str], lengths: list[int] | None) -> list[tuple[int, bool, bool]]:
+    """Lengths to read, each with whether prefill and decoding after it are measured."""
     prefill_lengths = (lengths or measure.PREFILL_LENGTHS) if "prefill" in asked else ()
     decode_lengths = (lengths or measure.DECODE_LENGTHS) if "decode" in asked else ()
-    for length in sorted({*prefill_lengths, *decode_lengths}):
-        rounds = None if length in prefill_lengths else 0
-        bench.reading(length, prefill_rounds=rounds, decodes=length in decode_lengths)
+    return [
+        (length, length in prefill_lengths, length in decode_lengths)
+        for length in sorted({*prefill_lengths, *decode_lengths})
+    ]
 
 
 def measure_announced(bench: Benchmark) -> dict[str, dict]:
@@ -188,8 +203,7 @@ def check(arguments: argparse.Namespace, config: BwrDncConfig) -> None:
 
 
 def write(results: dict, output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    """The report and the picture."""
     picture: str | None = "benchmark.png"
     try:
         draw(results, output / picture)

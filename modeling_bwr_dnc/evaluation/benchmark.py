@@ -291,9 +291,9 @@ class Benchmark:
         """Models for which there is time, judged by measurements `like` this one; the others are noted as skipped."""
         names = []
         left = self.deadline - time.perf_counter()
-        limit = left if what == "memory" else min(self.point_seconds, left)
         for name in self.settings.models:
             expected = self._expected(like, name, length, batch_size)
+            limit = left if what == "memory" and name == OURS else min(self.point_seconds, left)
             longest = PEERS[name].longest_training if like == "train" else None
             reason = None
             if left < 0:
@@ -431,8 +431,9 @@ class Benchmark:
             self._in_child(memory_of_reading, name, length, (), variant="reading")
 
     def _in_child(self, function: Callable, name: str, length: int, arguments: tuple, variant: str) -> None:
-        # What this process holds would be missing there.
+        # What this process holds, or has freed and kept, would be missing there.
         self.models.clear()
+        machine.return_freed_memory()
         try:
             found = in_fresh_process(function, self.settings, name, length, *arguments)
         except ValueError as error:

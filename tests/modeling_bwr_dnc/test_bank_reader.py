@@ -70,3 +70,27 @@ def test_training_and_decoding_compile_without_graph_breaks():
             decoded = [call(ids[:, i : i + 1], past_key_values=cache).logits for i in (length, length + 1)]
         found.append([logits, *gradients, *decoded])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_decoding_compiles_a_few_times_and_not_for_every_position():
+    """With dynamic shapes: a token, one whose query is stored, one after a consolidation; over three of them."""
+    config = tiny_config(num_hidden_layers=2, layer_types=["sink_window_attention", "state_bank_attention"])
+    model, length = tiny_model(config), 6 * config.segment_length + 1
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    ids = token_ids(length + 3 * config.segment_length)
+    found = []
+    for call in (model, compiled):
+        _, cache = read(model, ids[:, :length])
+        with torch.no_grad():
+            steps = [call(ids[:, i : i + 1], past_key_values=cache).logits for i in range(length, ids.shape[1])]
+        found.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+    assert len(graphs) <= 5
