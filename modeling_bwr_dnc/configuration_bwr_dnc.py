@@ -5,6 +5,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -172,6 +173,19 @@ class BwrDncConfig(PreTrainedConfig):
         held = self.num_sink_tokens + (self.memory_slots[0] if all_banks else 0)
         return held // self.segment_length * self.segment_length + 2 * self.segment_length
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """The library's; settings that are given beside a saved config must fit it, as if it held them."""
+        try:
+            found = super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            # The reason comes first, then every type that was tried.
+            raise ValueError(str(error.__cause__ or error).partition(" Errors:")[0]) from error
+        config = found[0] if isinstance(found, tuple) else found
+        config.validate_architecture()
+        config.validate_layer_type()
+        return found
+
     def to_dict(self) -> dict:
         """The library's. PEFT asks for it just before it looks up the default target modules of a model type."""
         if "peft" in sys.modules:
@@ -226,8 +240,18 @@ class BwrDncConfig(PreTrainedConfig):
             self.salience_pooling,
             "be an odd number of tokens, so that it has a middle (1 means none)",
         )
-        require(self.salience_boost >= 0, "salience_boost", self.salience_boost, "be at least 0 (0 means none)")
-        require(self.recency_weight >= 0, "recency_weight", self.recency_weight, "be at least 0 (0 means none)")
+        require(
+            0 <= self.salience_boost < float("inf"),
+            "salience_boost",
+            self.salience_boost,
+            "be a number of at least 0 (0 means none)",
+        )
+        require(
+            0 <= self.recency_weight < float("inf"),
+            "recency_weight",
+            self.recency_weight,
+            "be a number of at least 0 (0 means none)",
+        )
         require(
             self.retention_score in RETENTION_SCORES,
             "retention_score",

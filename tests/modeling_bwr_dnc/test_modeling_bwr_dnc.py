@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_import_files
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -55,6 +55,22 @@ def model():
 def test_a_bad_setting_is_a_value_error_that_names_it(fields, named):
     with pytest.raises(ValueError, match=named):
         small_model(**fields)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"segment_length": 0}, "be at least 1"),
+        ({"segment_length": "many"}, "'many'"),
+        ({"memory_slots": [4, 2]}, "three counts"),
+        ({"recency_weight": float("inf")}, "recency_weight"),
+    ],
+)
+def test_a_setting_given_to_a_saved_model_is_checked_like_its_own(settings, words, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    for auto in (AutoConfig, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=words):
+            auto.from_pretrained(tmp_path, **settings)
 
 
 def test_settings_left_open_fit_the_trained_positions():
