@@ -55,12 +55,22 @@ class BwrDncTrainingArguments(TrainingArguments):
         # The reentrant variant runs a layer without gradients first, and would write its memory twice.
         self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
         super().__post_init__()
-        for name, least in (("gradient_spans", 0), ("loss_chunk_length", 1), ("salience_cost", 0)):
+        counts = (
+            ("gradient_spans", 0),
+            ("loss_chunk_length", 1),
+            ("gradient_accumulation_steps", 1),
+            ("salience_cost", 0),
+        )
+        for name, least in counts:
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {least}.")
         if self.span_length is not None and self.span_length < 1:
             raise ValueError(
                 f"`span_length` is {self.span_length}, but must be at least 1; leave it out to read all at once."
+            )
+        if self.memory_learning_rate is not None and not 0 <= self.memory_learning_rate < float("inf"):
+            raise ValueError(
+                f"`memory_learning_rate` is {self.memory_learning_rate}, but must be a number of at least 0."
             )
         if self.gradient_checkpointing_kwargs["use_reentrant"]:
             raise ValueError(

@@ -8,7 +8,7 @@ row goes on in the next row as a document of its own.
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,10 +50,10 @@ class DataSource:
     def __post_init__(self):
         if (self.path is None) == (self.task is None):
             raise ValueError(
-                f"a data source names either a `path` or a `task`, but this one has {self.path=}, {self.task=}"
+                f"a data source names either a `path` or a `task`, but this one has path {self.path!r} and task {self.task!r}"
             )
-        if self.weight <= 0:
-            raise ValueError(f"`weight` of the source {self.name!r} is {self.weight}, but must be above 0")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"`weight` of the source {self.name!r} is {self.weight}, but must be above 0 and finite")
 
     @property
     def name(self) -> str:
@@ -308,14 +308,3 @@ class RowCollator:
         }
         real = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
         return batch | {"attention_mask": torch.tensor(real)}
-
-
-def source_from(description: dict | str) -> DataSource:
-    """A source as it stands in a YAML file: a path, or the fields of `DataSource`."""
-    if isinstance(description, str):
-        return DataSource(path=description)
-    known = [item.name for item in fields(DataSource)]
-    unknown = sorted(set(description) - set(known))
-    if unknown:
-        raise ValueError(f"unknown keys of a data source: {', '.join(unknown)}; known are {', '.join(known)}")
-    return DataSource(**description)

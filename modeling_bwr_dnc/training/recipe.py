@@ -3,13 +3,16 @@
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import yaml
 
+from ..evaluation.reading import read_text_file
 from .arguments import BwrDncTrainingArguments
-from .data import DataSource, source_from
+from .data import DataSource
 
 METHODS = ("full", "memory", "lora", "qlora")
 QUANTIZATIONS = ("nf4", "fp4", "int8")
@@ -72,9 +75,11 @@ class Recipe:
     training: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if isinstance(self.data, dict):
+        if not isinstance(self.data, DataRecipe):
             self.data = _build(DataRecipe, self.data, "data")
         check_keys(self.training, BwrDncTrainingArguments, "training")
+        # The library takes several types for its other arguments, whatever their hints say.
+        check_types(self.training, BwrDncTrainingArguments, "training", (int, float, bool, NoneType))
         for name, known in (("method", METHODS), ("quantization", QUANTIZATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
@@ -91,7 +96,7 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number."""
+    """YAML in which 1e-4 is a number, and `no` is a word."""
 
 
 _Loader.add_implicit_resolver(
@@ -101,6 +106,13 @@ _Loader.add_implicit_resolver(
     ),
     list("-+.0123456789"),
 )
+# Without this, `eval_strategy: no` would be `eval_strategy: false`.
+_BOOLEAN = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -116,7 +128,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}; name a YAML file such as configuration/bwr-dnc-tiny/training.yaml")
-    description = _parse(path.read_text(encoding="utf-8"), str(path))
+    description = _parse(read_text_file(path), str(path))
     if not isinstance(description, dict):
         raise ValueError(f"{path} holds no mapping of keys to values")
     for override in overrides:
@@ -150,7 +162,11 @@ def _build(kind, description, where: str):
     if not isinstance(description, dict):
         raise ValueError(f"`{where}` is {description!r}, but must be a mapping")
     check_keys(description, kind, where)
+    check_types(description, kind, where, WORDS)
     values = {name: value for name, value in description.items() if value is not None}
+    for item in fields(kind):
+        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise ValueError(f"{where} does not say what `{item.name}` is; set it there, or as {item.name}=VALUE")
     try:
         return kind(**values)
     except TypeError as error:
@@ -167,9 +183,39 @@ def check_keys(description: dict, kind, where: str) -> None:
             raise ValueError(f"{where} has the unknown key {name!r}; {hint}")
 
 
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+    NoneType: "null",
+}
+
+
+def check_types(description: dict, kind, where: str, types: Iterable[type]) -> None:
+    """Raises `ValueError` for values that do not fit their type in `kind`, as far as that is made of `types`."""
+    hints = get_type_hints(kind)
+    for name, value in description.items():
+        allowed = get_args(hints[name]) or (hints[name],)
+        if value is None or not set(allowed) <= set(types):
+            continue
+        is_number = float in allowed and type(value) is int
+        if type(value) not in allowed and not is_number:
+            rule = " or ".join(WORDS[each] for each in allowed)
+            raise ValueError(f"`{name}` of {where} is {value!r}, but must be {rule}")
+
+
 def _as_list(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
 def _source(item) -> DataSource:
-    return item if isinstance(item, DataSource) else source_from(item)
+    """A source as it stands in a YAML file: a path, or the fields of `DataSource`."""
+    if isinstance(item, DataSource):
+        return item
+    if isinstance(item, str):
+        return DataSource(path=item)
+    if not isinstance(item, dict):
+        raise ValueError(f"a data source is {item!r}, but must be a path or a mapping")
+    return _build(DataSource, item, "a data source")

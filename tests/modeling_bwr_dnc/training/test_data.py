@@ -10,7 +10,6 @@ from modeling_bwr_dnc.training.data import (
     build_rows,
     mix,
     pack,
-    source_from,
     split_validation,
     tokenize_document,
 )
@@ -93,7 +92,7 @@ def test_tasks_are_sources(tokenizer):
         assert source.options == {"start": 5}
         return ({"input_ids": [i, i + 1], "labels": [-100, i + 1]} for i in range(5, 8))
 
-    source = source_from({"task": "counting", "options": {"start": 5}})
+    source = DataSource(task="counting", options={"start": 5})
     rows = list(build_rows([source], tokenizer, 8, make_task=make))
     assert [row["labels"] for row in rows] == [[-100, 6], [-100, 7], [-100, 8]]
 
@@ -128,11 +127,3 @@ def test_validation_rows_are_held_out():
 def test_bad_sources_are_named(tmp_path, tokenizer, make, words):
     with pytest.raises(ValueError, match=words):
         build_rows([DataSource(path=str(make(tmp_path)))], tokenizer, 16)
-
-
-@pytest.mark.parametrize(
-    "description", [{}, {"path": "a", "task": "b"}, {"path": "a", "wieght": 2}, {"path": "a", "weight": 0}]
-)
-def test_bad_descriptions_are_refused(description):
-    with pytest.raises(ValueError):
-        source_from(description)
