@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from modeling_bwr_dnc import BwrDncConfig
 from modeling_bwr_dnc.evaluation import benchmark as measure
@@ -33,6 +32,7 @@ from modeling_bwr_dnc.evaluation.benchmark_report import (
 )
 from modeling_bwr_dnc.evaluation.machine import CLOCKS
 from modeling_bwr_dnc.evaluation.peers import FULL, OURS, PEERS
+from modeling_bwr_dnc.loading import read_config
 from modeling_bwr_dnc.presets import preset_path
 from scripts.command_line import run
 
@@ -184,11 +184,7 @@ def measure_announced(bench: Benchmark) -> dict[str, dict]:
 
 
 def load_config(name: str) -> BwrDncConfig:
-    path = Path(name) if Path(name).is_dir() else preset_path(name)
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type != "bwr_dnc":
-        raise ValueError(f"{name} has model type {config.model_type!r}; name a preset or a folder of BWR-DNC")
-    return config
+    return read_config(Path(name) if Path(name).is_dir() else preset_path(name))
 
 
 def check(arguments: argparse.Namespace, config: BwrDncConfig) -> None:

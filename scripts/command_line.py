@@ -3,15 +3,18 @@
 import argparse
 import logging
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 from modeling_bwr_dnc import BwrDncForCausalLM, StateBankCache
 from modeling_bwr_dnc.evaluation.reading import check_text, read_text_file
+from modeling_bwr_dnc.loading import read_model, read_tokenizer
 
 
 def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
@@ -20,7 +23,7 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
     quiet_libraries()
     try:
         command(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         message = " ".join(str(error).split())
         parser.exit(2, f"{parser.prog}: error: {message}\n")
     except KeyboardInterrupt:
@@ -42,7 +45,22 @@ def load_model(name: str) -> tuple[BwrDncForCausalLM, PreTrainedTokenizerBase]:
         raise ValueError(f"no model folder at {name}; convert a model first (python -m scripts.convert --help)")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{name} is no model folder (it holds no config.json)")
-    return BwrDncForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    return read_model(name).eval(), read_tokenizer(name)
+
+
+def check_output(place: str | Path) -> None:
+    """Raises `ValueError` if no folder can be written at `place`: said before the work, not after it."""
+    place = Path(place).absolute()
+    nearest = next(path for path in (place, *place.parents) if path.exists())
+    try:
+        if not nearest.is_dir():
+            raise NotADirectoryError(f"{nearest} is a file")
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"nothing can be written to {place} ({error.strerror or error}); choose another folder"
+        ) from error
 
 
 def load_state(folder: str, model: BwrDncForCausalLM | None = None) -> StateBankCache:

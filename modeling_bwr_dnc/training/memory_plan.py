@@ -27,9 +27,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig
 
 from ..configuration_bwr_dnc import BwrDncConfig
+from ..loading import read_config
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..presets import list_presets, preset_path
 from .allocator import LARGE
@@ -479,7 +479,7 @@ def model_config(setting: TrainingSetting) -> BwrDncConfig:
     name = str(preset_path(setting.model)) if setting.model in list_presets() else setting.model
     if not (Path(name) / "config.json").is_file():
         raise ValueError(f"there is no preset or model folder {name!r}; presets are {', '.join(list_presets())}")
-    return AutoConfig.from_pretrained(name, **setting.model_settings)
+    return read_config(name, **setting.model_settings)
 
 
 def build_model(setting: TrainingSetting) -> nn.Module:

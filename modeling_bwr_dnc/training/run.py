@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_bwr_dnc import BwrDncConfig
+from ..loading import read_config, read_model, read_tokenizer
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..peft_defaults import MEMORY_MODULES, NOT_QUANTIZED
 from ..presets import list_presets, preset_path, tokenizer_path
@@ -170,14 +171,18 @@ def check_checkpoint(checkpoint: str, model: BwrDncForCausalLM) -> None:
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     name = recipe.tokenizer
-    if name is None:
-        name = str(tokenizer_path()) if recipe.model in list_presets() else recipe.model
+    if name is None and recipe.model in list_presets():
+        name = str(tokenizer_path())
+    elif name is None:
+        name = recipe.model
+        # A folder that is broken altogether is not mended by another tokenizer.
+        read_config(name)
     elif "/" not in name and not Path(name).exists():
         name = str(tokenizer_path(name))
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"there is no tokenizer at {name}; set `tokenizer` ({str(error).splitlines()[0]})") from error
+        return read_tokenizer(name)
+    except ValueError as error:
+        raise ValueError(f"there is no tokenizer at {name}; set `tokenizer` ({error})") from error
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BwrDncForCausalLM:
@@ -187,8 +192,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BwrDncForCa
     tokens = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     settings = {key: value for key, value in tokens.items() if value is not None} | recipe.model_settings
     check_settings(settings)
-    config = AutoConfig.from_pretrained(name, **settings)
-    check_is_ours(config, name)
+    config = read_config(name, **settings)
     if config.vocab_size < len(tokenizer):
         raise ValueError(
             f"the model has {config.vocab_size} token ids, but the tokenizer {len(tokenizer)}; set model_settings.vocab_size"
@@ -201,7 +205,6 @@ def load_model(recipe: Recipe) -> BwrDncForCausalLM:
     name = recipe.model
     _require_folder_or_hub_name(name)
     check_settings(recipe.model_settings)
-    check_is_ours(AutoConfig.from_pretrained(name), name)
     quantization = recipe.quantization if recipe.method == "qlora" else None
     model = load_base(name, getattr(torch, recipe.dtype), quantization, **recipe.model_settings)
     for parameter_name, parameter in model.named_parameters():
@@ -213,8 +216,8 @@ def load_model(recipe: Recipe) -> BwrDncForCausalLM:
 def load_base(name: str, dtype: torch.dtype, quantization: str | None = None, **settings) -> BwrDncForCausalLM:
     """Pretrained weights, with the projections of the layers quantised if asked for."""
     if quantization is None:
-        return BwrDncForCausalLM.from_pretrained(name, dtype=dtype, **settings)
-    model = BwrDncForCausalLM.from_pretrained(
+        return read_model(name, dtype=dtype, **settings)
+    model = read_model(
         name,
         dtype=dtype,
         quantization_config=quantization_config(quantization, dtype),
@@ -249,13 +252,6 @@ def check_settings(settings: dict) -> None:
     if unknown:
         raise ValueError(
             f"`model_settings` has unknown keys: {', '.join(unknown)}; the fields of BwrDncConfig are known"
-        )
-
-
-def check_is_ours(config, name: str) -> None:
-    if config.model_type != BwrDncConfig.model_type:
-        raise ValueError(
-            f"{name} is a {config.model_type} model; convert it first: python -m scripts.convert --source {name}"
         )
 
 
