@@ -34,7 +34,7 @@ from modeling_bwr_dnc.evaluation.machine import CLOCKS
 from modeling_bwr_dnc.evaluation.peers import FULL, OURS, PEERS
 from modeling_bwr_dnc.loading import read_config
 from modeling_bwr_dnc.presets import preset_path
-from scripts.command_line import run
+from scripts.command_line import check_output, run
 
 WHATS = ("train", "prefill", "decode", "memory", "cold", "announced")
 MEMORY_VARIANTS = (("own", True), ("own", False), ("chunked", False))
@@ -101,6 +101,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, value)
     config = load_config(arguments.preset)
     check(arguments, config)
+    check_output(arguments.output)
     settings = Settings(
         config=config,
         models=tuple(name for name in PEERS if name in arguments.models),
@@ -188,11 +189,13 @@ def load_config(name: str) -> BwrDncConfig:
 
 
 def check(arguments: argparse.Namespace, config: BwrDncConfig) -> None:
-    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+    if arguments.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {arguments.device!r}, but must be cpu or cuda")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device; use cpu")
     for name in ("rounds", "minutes", "threads", "decode_tokens"):
         value = getattr(arguments, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be above 0")
     if arguments.lengths and min(arguments.lengths) < 2:
         raise ValueError(f"--lengths holds {min(arguments.lengths)}, but a training step needs at least 2 tokens")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
@@ -23,11 +24,11 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
     quiet_libraries()
     try:
         command(arguments)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
         parser.exit(2, f"{parser.prog}: error: {message}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\n")
+        parser.exit(130, f"\n{parser.prog}: interrupted\n")
 
 
 def quiet_libraries() -> None:
@@ -61,6 +62,15 @@ def check_output(place: str | Path) -> None:
         raise ValueError(
             f"nothing can be written to {place} ({error.strerror or error}); choose another folder"
         ) from error
+
+
+def check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raises `ValueError` if an option, or one of its values, is below the number given for it."""
+    for name, bound in least.items():
+        value = getattr(arguments, name)
+        for each in value if isinstance(value, list) else [value]:
+            if not each >= bound:
+                raise ValueError(f"--{name.replace('_', '-')} is {each}, but must be at least {bound}")
 
 
 def load_state(folder: str, model: BwrDncForCausalLM | None = None) -> StateBankCache:

@@ -26,7 +26,7 @@ import transformers
 from modeling_bwr_dnc.evaluation.measuring import task_accuracy
 from modeling_bwr_dnc.tasks import Curriculum
 from modeling_bwr_dnc.tasks.learning import learn, small_config
-from scripts.command_line import run
+from scripts.command_line import check_least, check_output, run
 
 WAYS = ("curriculum", "lengths", "none")
 
@@ -63,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def compare_curriculum(arguments: argparse.Namespace) -> None:
+    check_least(arguments, steps=1, rows=1, measure_every=1, adapt_every=1, tokens_per_batch=1, targets=0)
+    check_output(arguments.output)
     trainings = []
     for seed in arguments.seeds:
         for way in arguments.ways:

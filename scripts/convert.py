@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from modeling_bwr_dnc.conversion import convert_checkpoint, obtain_smollm2
-from scripts.command_line import run
+from scripts.command_line import check_output, run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def convert(arguments: argparse.Namespace) -> None:
+    check_output(arguments.output)
     result = convert_checkpoint(
         obtain_smollm2() if arguments.source == "smollm2" else arguments.source,
         arguments.output,

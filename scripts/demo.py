@@ -26,7 +26,7 @@ from modeling_bwr_dnc.conversion.hub_folder import check_model_folder
 from modeling_bwr_dnc.evaluation.inspection import draw_held_text, draw_memory, report_table
 from modeling_bwr_dnc.evaluation.reading import continue_text, python_manual, read_tokens
 from modeling_bwr_dnc.retrofit import Fact, hide_facts, sentence_ends
-from scripts.command_line import load_model, run
+from scripts.command_line import check_least, check_output, load_model, run
 
 PACKAGE = Path(modeling_bwr_dnc.__file__).parent
 CARDS = Path(__file__).parent.parent / "model_cards"
@@ -69,6 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def demo(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
+    # Twice the window of the converted model.
+    check_least(arguments, num_tokens=1024)
+    check_output(arguments.output)
     output = Path(arguments.output)
     folder, state = output / "model", output / "state"
 

@@ -8,6 +8,7 @@ Examples:
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import TextStreamer
 
 from modeling_bwr_dnc import StateBankCache
 from modeling_bwr_dnc.evaluation.reading import chat_turn, close_chat_turn, continue_text, read_tokens
-from scripts.command_line import gather_prompt, load_model, load_state, run
+from scripts.command_line import check_least, check_output, gather_prompt, load_model, load_state, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,13 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
-        raise ValueError(
-            "--max-new-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1"
-        )
+    check_least(arguments, max_new_tokens=1, temperature=0)
+    if not 0 < arguments.top_p <= 1:
+        raise ValueError(f"--top-p is {arguments.top_p}, but must be above 0 and at most 1")
+    if not -(2**63) <= arguments.seed < 2**63:
+        raise ValueError(f"--seed is {arguments.seed}, but must fit into 64 bits")
+    if arguments.state is not None:
+        check_output(arguments.state)
     text = gather_prompt(arguments.prompt, arguments.prompt_file)
     model, tokenizer = load_model(arguments.model)
-    is_first = arguments.state is None or not Path(arguments.state).exists()
+    # A folder is left empty when its first memory could not be saved.
+    is_first = arguments.state is None or not Path(arguments.state).exists() or not os.listdir(arguments.state)
     cache = StateBankCache(config=model.config) if is_first else load_state(arguments.state, model)
     if arguments.chat:
         token_ids = chat_turn(tokenizer, text, is_first)

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from modeling_bwr_dnc.evaluation.inspection import draw_held_text, draw_memory, report_table
-from scripts.command_line import load_model, load_state, run
+from scripts.command_line import check_output, load_model, load_state, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def inspect_memory(arguments: argparse.Namespace) -> None:
+    check_output(arguments.output)
     model, tokenizer = load_model(arguments.model)
     cache = load_state(arguments.state, model)
     output = Path(arguments.output)

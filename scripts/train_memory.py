@@ -19,7 +19,7 @@ from tqdm import tqdm
 from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
 from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
 from modeling_bwr_dnc.retrofit import fit_salience
-from scripts.command_line import load_model, run
+from scripts.command_line import check_output, load_model, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,16 +53,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train_memory(arguments: argparse.Namespace) -> None:
+    if Path(arguments.output).exists():
+        raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
+    check_output(Path(arguments.output).parent)
     model, tokenizer = load_model(arguments.model)
     model.config.salience_pooling = arguments.pooling
     model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
     if arguments.memory_slots is not None:
         model.config.memory_slots = arguments.memory_slots
     model.config.validate_architecture()
-    if arguments.tokens < 1 or arguments.scale <= 0:
+    if arguments.tokens < 1 or not 0 < arguments.scale < float("inf"):
         raise ValueError(f"--tokens is {arguments.tokens} and --scale {arguments.scale}, but both must be positive")
-    if Path(arguments.output).exists():
-        raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
     texts = [read_text_file(path) for path in arguments.text] or [python_manual()]
     tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: arguments.tokens] for text in texts]
     begin = time.monotonic()

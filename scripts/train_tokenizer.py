@@ -20,7 +20,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from scripts.command_line import run
+from modeling_bwr_dnc.loading import read_tokenizer
+from scripts.command_line import check_output, run
 
 DEFAULT_TOKENIZER = "tokenization/bwr-dnc-bpe-50k"
 
@@ -150,9 +151,12 @@ def split_input(argument: str) -> tuple[Path, float]:
     if not mark:
         return Path(argument), float("inf")
     try:
-        return Path(path), float(megabytes) * 1e6
+        limit = float(megabytes) * 1e6
     except ValueError:
         return Path(argument), float("inf")
+    if not limit > 0:
+        raise ValueError(f"{argument} asks for {megabytes} megabytes of {path}, but must ask for more than 0")
+    return Path(path), limit
 
 
 def read_inputs(inputs: list[str]) -> Iterator[str]:
@@ -242,7 +246,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     path = Path(name)
     if path.suffix == ".gguf":
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return AutoTokenizer.from_pretrained(name)
+    return read_tokenizer(name)
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -307,6 +311,10 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
         return
     if arguments.output is None:
         raise ValueError("--input needs --output: the folder to write the trained tokenizer to")
+    output = Path(arguments.output)
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; choose another folder")
+    check_output(output)
     tokenizer = train_bpe(read_inputs(arguments.input), arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output)
     print(f"{len(tokenizer):,} entries written to {arguments.output}")

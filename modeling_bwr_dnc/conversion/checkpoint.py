@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from modeling_bwr_dnc.conversion.llama_family import (
 from modeling_bwr_dnc.conversion.memory_adapter import load_memory_adapter
 from modeling_bwr_dnc.conversion.model_card import write_model_card
 from modeling_bwr_dnc.conversion.sources import load_source
-from modeling_bwr_dnc.evaluation.reading import python_manual
+from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
+from modeling_bwr_dnc.staging import complete_folder
 
 RECORD_FILE = "conversion.json"
 
@@ -83,13 +83,13 @@ def convert_checkpoint(
         overwrite: replace `output` if it exists.
 
     Raises:
-        ValueError: if the source cannot be read or equalled, or `output` exists.
+        ValueError: if the source cannot be read or equalled, the card is no text, or `output` exists and is not to be
+            overwritten, or is no model folder.
+        OSError: if `output` cannot be written; what stood there stays.
     """
-    output = Path(output)
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists already; choose another folder, or overwrite it (--overwrite)")
-    if card is not None and not Path(card).is_file():
-        raise ValueError(f"no model card at {card}")
+    output = Path(os.path.abspath(output))
+    _check_replaceable(output, overwrite)
+    card_text = None if card is None else read_text_file(card)
 
     original = load_source(source, dtype)
     config = converted_config(
@@ -114,22 +114,31 @@ def convert_checkpoint(
         proof=proof,
     )
 
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if original.tokenizer is not None:
-        # The source's limit on the length of a text no longer holds.
-        original.tokenizer.model_max_length = int(1e30)
-        original.tokenizer.save_pretrained(partial)
-    (partial / RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-    if card is not None:
-        shutil.copyfile(card, partial / "README.md")
-    else:
-        write_model_card(partial / "README.md", original, record)
-    if output.exists():
-        shutil.rmtree(output)
-    os.replace(partial, output)
+    with complete_folder(output, staging=f"{output.name}.partial") as partial:
+        model.save_pretrained(partial)
+        if original.tokenizer is not None:
+            # The source's limit on the length of a text no longer holds.
+            original.tokenizer.model_max_length = int(1e30)
+            original.tokenizer.save_pretrained(partial)
+        (partial / RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+        if card_text is not None:
+            (partial / "README.md").write_text(card_text, encoding="utf-8")
+        else:
+            write_model_card(partial / "README.md", original, record)
     return record
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    """Raises `ValueError` for what must not be replaced: anything unless asked for, and then only a model folder."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{output} exists already; choose another folder, or overwrite it (--overwrite)")
+    is_empty = output.is_dir() and not any(output.iterdir())
+    if not is_empty and not (output / "config.json").is_file():
+        raise ValueError(
+            f"{output} is no model folder (it holds no config.json), so it is kept; choose another folder"
+        )
 
 
 def _notices(original, lossless_length: int) -> list[str]:

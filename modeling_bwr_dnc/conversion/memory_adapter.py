@@ -23,6 +23,7 @@ def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
 
     Raises:
         ValueError: if the model has no memory parameters, or an untrained memory.
+        OSError: if the file cannot be written.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if MEMORY_MARK in name}
     if not tensors:
@@ -35,8 +36,12 @@ def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     metadata = {"format": "pt", "model_type": model.config.model_type, "settings": json.dumps(settings)}
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from error
     return sorted(tensors)
 
 

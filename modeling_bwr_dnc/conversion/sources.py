@@ -62,7 +62,9 @@ def load_source(source: str | Path, dtype: torch.dtype | None = None) -> Source:
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype)
-    is_local = path.is_dir()
+    is_local = path.is_dir() and bool(str(source))
+    if is_local and not (path / "config.json").is_file():
+        raise ValueError(f"{path} is no model folder (it holds no config.json)")
     if not is_local and (
         path.exists() or path.is_absolute() or str(source).count("/") != 1 or str(source)[0] in "./~"
     ):

@@ -93,6 +93,8 @@ class TrainingSetting:
         for name in ("sequence_length", "batch_size", "loss_chunk_length", "span_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1")
+        if self.gradient_spans < 0:
+            raise ValueError(f"`gradient_spans` is {self.gradient_spans}, but must be at least 0 (0: all)")
         if self.optimizer_in_backward and self.span_length and self.gradient_spans:
             raise ValueError(
                 "`optimizer_in_backward` needs one backward pass per step; set gradient_spans to 0, or no spans"

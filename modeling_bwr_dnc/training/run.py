@@ -16,13 +16,13 @@ from ..loading import read_config, read_model, read_tokenizer
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..peft_defaults import MEMORY_MODULES, NOT_QUANTIZED
 from ..presets import list_presets, preset_path, tokenizer_path
+from ..staging import complete_folder
 from ..tasks import PHASES, TASKS, Curriculum, Task
 from ..tasks.curriculum_callback import CurriculumCallback
 from .arguments import BwrDncTrainingArguments
 from .data import DataSource, RowCollator, build_rows, split_validation
 from .memory_metrics import is_memory_parameter
 from .recipe import Recipe
-from .staging import complete_folder
 from .trainer import BwrDncTrainer
 
 # Settings that may differ between a checkpoint and the model that goes on from it.

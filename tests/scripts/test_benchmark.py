@@ -134,6 +134,9 @@ def test_what_there_is_no_time_for_is_named(call, preset, tmp_path):
         (["--preset", "bwr-dnc-3m"], "no preset is called 'bwr-dnc-3m'"),
         (["--quick", "--lengths", "1"], "at least 2 tokens"),
         (["--quick", "--rounds", "0"], "--rounds is 0"),
+        (["--quick", "--minutes", "nan"], "--minutes is nan"),
+        (["--quick", "--device", "nonsense"], "must be cpu or cuda"),
+        (["--quick", "--output", __file__], "nothing can be written"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(assert_refused, arguments, words):

@@ -28,6 +28,39 @@ def test_bad_input_is_refused(assert_refused, tiny_source, tmp_path):
     assert_refused("exists already", convert, *source, "--output", tmp_path)
     assert_refused("max_position_embeddings", convert, *source, *output, "--memory-slots", 512, 0, 0)
     assert_refused("use the words bank, window", convert, *source, *output, *budget, "--layer-types", "full")
-    assert_refused("no model card", convert, *source, *output, *budget, "--card", "missing.md")
+    assert_refused("nothing can be written", convert, *source, "--output", tiny_source / "config.json" / "out")
+    assert_refused("no file at", convert, *source, *output, *budget, "--card", "missing.md")
     assert_refused("could not be read", convert, *source, *output, *budget, "--memory-adapter", "missing.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_model_folder_is_overwritten(assert_refused, call, tiny_source, tmp_path):
+    (tmp_path / "novel.txt").write_text("precious")
+    source = [
+        "--source",
+        tiny_source,
+        "--segment-length",
+        8,
+        "--memory-slots",
+        16,
+        8,
+        4,
+        "--skip-proof",
+        "--overwrite",
+    ]
+    assert_refused("is no model folder", convert, *source, "--output", tmp_path)
+    assert_refused("nothing can be written", convert, *source, "--output", tmp_path / "novel.txt")
+    assert (tmp_path / "novel.txt").read_text() == "precious"
+    for _ in range(2):
+        assert call(convert, *source, "--output", tmp_path / "out")[0] == 0
+
+
+def test_a_full_disk_leaves_the_earlier_model(assert_refused, call, tiny_source, tmp_path, full_disk):
+    source = ["--source", tiny_source, "--output", tmp_path / "out", "--segment-length", 8, "--skip-proof"]
+    assert call(convert, *source, "--memory-slots", 16, 8, 4)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for size in (30_000, 5_000):
+        with full_disk(size):
+            assert_refused("could not be written", convert, *source, "--memory-slots", 24, 8, 4, "--overwrite")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -75,6 +75,22 @@ def test_bad_input_is_refused(assert_refused, tiny_model, tmp_path, monkeypatch)
     assert_refused("no model folder at", generate, "--model", tmp_path / "nowhere", "--prompt", "x")
     assert_refused("no config.json", generate, "--model", tmp_path, "--prompt", "x")
     assert_refused("at least 1", generate, *model, "--prompt", "x", "--max-new-tokens", 0)
+    assert_refused("--temperature is nan", generate, *model, "--prompt", "x", "--temperature", "nan")
+    assert_refused("--seed is", generate, *model, "--prompt", "x", "--seed", 2**64)
+    assert_refused("nothing can be written", generate, *model, "--prompt", "x", "--state", tmp_path / "empty.txt")
+
+
+def test_a_memory_that_could_not_be_saved_leaves_the_earlier_one(
+    call, assert_refused, tiny_model, tmp_path, full_disk
+):
+    common = ["--model", tiny_model, "--max-new-tokens", 2, "--prompt", "And then", "--state", tmp_path / "state"]
+    with full_disk(5_000):
+        assert_refused("too large", generate, *common)
+    assert call(generate, *common)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "state").iterdir()}
+    with full_disk(5_000):
+        assert_refused("too large", generate, *common)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "state").iterdir()} == before
 
 
 @pytest.fixture
@@ -102,6 +118,7 @@ def test_damaged_state_is_refused(assert_refused, state, tiny_model, tmp_path):
     tensors.write_bytes(tensors.read_bytes()[:-100])
     assert_refused("sha256", generate, "--model", tiny_model, "--prompt", "x", "--state", state)
     (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
     assert_refused(
         "state_bank.json", generate, "--model", tiny_model, "--prompt", "x", "--state", tmp_path / "foreign"
     )

@@ -34,6 +34,7 @@ def test_bad_input_is_refused(assert_refused, call, tiny_model, state, tmp_path)
     model = ["--model", tiny_model]
     assert_refused("no state folder at", inspect_memory, *model, "--state", tmp_path / "nowhere")
     assert_refused("no model folder at", inspect_memory, "--model", tmp_path / "nowhere", "--state", state)
+    assert_refused("nothing can be written", inspect_memory, *model, "--state", state, "--output", __file__)
     assert_refused("no row 4", inspect_memory, *model, "--state", state, "--output", tmp_path, "--row", 4)
     call(generate, *model, "--prompt", "short", "--max-new-tokens", 1, "--state", tmp_path / "short")
     assert_refused("holds no slots", inspect_memory, *model, "--state", tmp_path / "short", "--output", tmp_path)

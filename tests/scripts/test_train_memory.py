@@ -26,7 +26,18 @@ def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path / "memory.safetensors"]
     assert_refused("an odd number", train_memory, *arguments, "--pooling", 4)
     assert_refused("must be positive", train_memory, *arguments, "--tokens", 0)
+    for scale in ("nan", "inf"):
+        assert_refused("must be positive", train_memory, *arguments, "--scale", scale)
+    assert_refused("nothing can be written", train_memory, *arguments[:2], "--output", document / "memory.safetensors")
     assert_refused("no file at", train_memory, *arguments, "--text", tmp_path / "nowhere.txt")
     assert_refused("both are needed", train_memory, *arguments, "--text", document, "--tokens", 30)
     (tmp_path / "memory.safetensors").write_bytes(b"precious")
     assert_refused("exists already", train_memory, *arguments)
+
+
+def test_a_full_disk_leaves_nothing(call, tiny_model, tmp_path, full_disk):
+    output = tmp_path / "out" / "memory.safetensors"
+    with full_disk(100):
+        code, _, errors = call(train_memory, "--model", tiny_model, "--output", output, "--tokens", 3000)
+    assert code == 2 and "could not be written" in errors.splitlines()[-1]
+    assert list(output.parent.iterdir()) == []

@@ -73,6 +73,10 @@ def test_command_line_trains_and_compares(call, document, tmp_path):
         (["--input", "no-such-folder", "--output", "out"], "no-such-folder does not exist"),
         (["--input", LICENSE], "needs --output"),
         (["--compare", LICENSE], "needs --reference"),
+        (["--compare", LICENSE, "--reference", LICENSE], "holds no tokenizer"),
+        (["--input", f"{LICENSE}@nan", "--output", "out", "--vocab-size", 300], "more than 0"),
+        (["--input", LICENSE, "--output", LICENSE], "nothing can be written"),
+        (["--input", LICENSE, "--output", LICENSE.parent], "is not empty"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(assert_refused, arguments, words):

@@ -46,7 +46,7 @@ def test_folder_holds_model_tokenizer_card_and_record(source, tmp_path):
         "memory_ops.py",
         "state_bank.py",
     } <= names
-    assert not (tmp_path / "out.partial").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert record["proof"]["max_difference"] == result.proof.max_difference < 1e-3
     assert record["proof"]["rows"] == ["random tokens", "text"]
@@ -129,14 +129,18 @@ def test_given_card_is_used(source, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
 
 
-def test_existing_output_is_replaced_only_when_asked(source, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious.txt").write_text("mine")
+def test_existing_output_is_replaced_only_when_asked_and_a_model(source, tmp_path):
+    precious = tmp_path / "out" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
     with pytest.raises(ValueError, match="exists already"):
         convert_checkpoint(source, tmp_path / "out", **BUDGET)
-    assert (tmp_path / "out" / "precious.txt").exists()
+    with pytest.raises(ValueError, match="is no model folder"):
+        convert_checkpoint(source, tmp_path / "out", **BUDGET, overwrite=True)
+    assert precious.exists()
+    (tmp_path / "out" / "config.json").write_text("{}")
     convert_checkpoint(source, tmp_path / "out", **BUDGET, overwrite=True)
-    assert not (tmp_path / "out" / "precious.txt").exists()
+    assert not precious.exists()
 
 
 def test_failed_conversion_leaves_nothing(source, tmp_path):

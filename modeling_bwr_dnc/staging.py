@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 STAGING = ".incomplete"
 
 
 @contextmanager
-def complete_folder(folder: Path, is_writer: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def complete_folder(
+    folder: Path, is_writer: bool = True, wait: Callable[[], None] = lambda: None, staging: str = STAGING
+) -> Iterator[Path]:
     """
-    Gives a folder of the same name to write into, below `.incomplete`; syncs it and renames it to `folder` at the end.
+    Gives a folder of the same name to write into, below `staging`, which is cleared first; syncs it and renames it to `folder`
+    at the end.
 
     Whatever happens before the rename, what stood at `folder` stays. Of several processes, the one that `is_writer` renames;
     `wait` is called so that all have written before, and none goes on until it is done.
@@ -20,16 +25,16 @@ def complete_folder(folder: Path, is_writer: bool = True, wait: Callable[[], Non
     Raises:
         OSError: naming `folder`, if it could not be written, such as on a full disk; nothing of it is left.
     """
-    staged = folder.parent / STAGING / folder.name
+    staged = folder.parent / staging / folder.name
     if is_writer:
         shutil.rmtree(staged.parent, ignore_errors=True)
         staged.mkdir(parents=True)
     wait()
     try:
         yield staged
-    except Exception as error:
+    except BaseException as error:
         shutil.rmtree(staged.parent, ignore_errors=True)
-        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__ or _is_short_write(error):
+        if isinstance(error, (OSError, SafetensorError)) or _is_short_write(error):
             raise OSError(f"{folder} could not be written ({error}); what was there before is intact.") from error
         raise
     wait()
@@ -44,10 +49,10 @@ def complete_folder(folder: Path, is_writer: bool = True, wait: Callable[[], Non
     wait()
 
 
-def _is_short_write(error: Exception) -> bool:
-    """Whether `torch.save` could not write, which its C++ streams report as a RuntimeError."""
-    words = ("iostream error", "PytorchStreamWriter", "unexpected pos")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+def _is_short_write(error: BaseException) -> bool:
+    """Whether `torch.save` or `tokenizers` could not write; they have no exceptions of their own for it."""
+    words = ("iostream error", "PytorchStreamWriter", "unexpected pos", "os error")
+    return isinstance(error, Exception) and any(word in str(error) for word in words)
 
 
 def _sync(folder: Path) -> None:
