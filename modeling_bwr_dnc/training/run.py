@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_bwr_dnc import BwrDncConfig
@@ -25,8 +26,11 @@ from .memory_metrics import is_memory_parameter
 from .recipe import Recipe
 from .trainer import BwrDncTrainer
 
-# Settings that may differ between a checkpoint and the model that goes on from it.
+# Settings that may differ between a checkpoint and the model that goes on from it; `Trainer` takes the token ids from the tokenizer.
 FREE_SETTINGS = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
     "transformers_version",
     "use_cache",
     "dtype",
@@ -141,6 +145,8 @@ def find_checkpoint(output: Path, resume: bool) -> str | None:
     if not output.is_dir():
         return None
     last = get_last_checkpoint(str(output))
+    if last is not None and resume:
+        check_state(Path(last))
     if last is not None and not resume:
         raise ValueError(
             f"{output} holds checkpoints of an earlier run; go on with --resume, or set training.output_dir"
@@ -148,11 +154,21 @@ def find_checkpoint(output: Path, resume: bool) -> str | None:
     return last
 
 
+def check_state(checkpoint: Path) -> None:
+    """Raises `ValueError` if the checkpoint does not say how far its run had come."""
+    try:
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{checkpoint} is damaged (trainer_state.json: {error}); remove it to go on from the one before"
+        ) from error
+
+
 def check_checkpoint(checkpoint: str, model: BwrDncForCausalLM) -> None:
     """Raises `ValueError`, naming what differs, for the checkpoint of another model."""
     path = Path(checkpoint) / "config.json"
     if not path.is_file():
-        # An adapter: PEFT compares its shapes itself.
+        # An adapter: its shapes are compared when it is read.
         return
     theirs, mine = BwrDncConfig.from_pretrained(checkpoint).to_dict(), model.config.to_dict()
     different = [
@@ -285,9 +301,9 @@ def add_adapter(model: BwrDncForCausalLM, settings: dict) -> nn.Module:
         defaults["modules_to_save"] = list(MEMORY_MODULES)
     try:
         config = LoraConfig(**defaults | settings)
+        return get_peft_model(model, config)
     except TypeError as error:
-        raise ValueError(f"`adapter` holds what LoraConfig does not know: {error}") from None
-    return get_peft_model(model, config)
+        raise ValueError(f"`adapter` does not fit LoraConfig: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------ data

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -176,10 +176,35 @@ class BwrDncTrainer(Trainer):
         if self.args.should_save:
             rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with _readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     _staged_output: Path | None = None
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._staged_output is None else str(self._staged_output)
+
+
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Whatever the library stumbles over while it reads a checkpoint becomes a `ValueError` that names the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"{checkpoint} is damaged, or of another model or method ({reason}); use the settings that it was made with, or "
+            "remove it to go on from the one before"
+        ) from error
 
 
 def _keep_states_precise(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:

@@ -251,6 +251,31 @@ def test_an_earlier_run_is_not_overwritten_nor_mixed_up(call, assert_refused, re
     assert_refused("belongs to another model: memory_slots", train, "--config", recipe, other, "--resume")
 
 
+def test_fine_tuning_goes_on_when_the_tokenizer_has_other_special_tokens(call, recipe, tiny_model):
+    settings = ("--config", recipe, f"model={tiny_model}", "model_settings.pad_token_id=0")
+    assert call(finetune, *settings, "training.max_steps=2")[0] == 0
+    code, _, errors = call(finetune, *settings, "--resume")
+    assert code == 0, errors
+
+
+def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(call, assert_refused, recipe, tiny_model, tmp_path):
+    lora = ("--config", recipe, f"model={tiny_model}", "method=lora", "training.max_steps=2")
+    assert call(finetune, *lora)[0] == 0
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    words = "checkpoint-2 is damaged, or of another model or method"
+    assert_refused(words, finetune, *lora, "adapter={r: 4}", "--resume")
+    assert_refused(words, finetune, *lora, "method=full", "--resume")
+    for name in ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth"):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[:300])
+        # The library may speak before.
+        code, _, errors = call(finetune, *lora, "training.max_steps=4", "--resume")
+        assert code == 2 and words in errors.splitlines()[-1]
+        (checkpoint / name).write_bytes(whole)
+    (checkpoint / "trainer_state.json").write_text("{")
+    assert_refused("checkpoint-2 is damaged", finetune, *lora, "--resume")
+
+
 def test_a_model_of_another_kind_is_refused(assert_refused, recipe, tiny_source):
     assert_refused("convert it first", finetune, "--config", recipe, f"model={tiny_source}")
 
