@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_bwr_dnc import BwrDncConfig
@@ -102,8 +102,10 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
         raise ValueError(str(error)) from error
     for callback in tasks.callbacks:
         callback.follow(trainer)
+    if validation_rows is not None:
+        trainer.add_callback(EvaluateLast())
     output = trainer.train(resume_from_checkpoint=checkpoint)
-    eval_loss = trainer.evaluate()["eval_loss"] if validation_rows is not None else None
+    eval_loss = held_out_loss(trainer) if validation_rows is not None else None
     folder = save_result(trainer, recipe, tokenizer)
     return RunResult(
         folder=folder,
@@ -113,6 +115,23 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
         num_trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         num_parameters=trainer.model.num_parameters(),
     )
+
+
+class EvaluateLast(TrainerCallback):
+    """Evaluates after the last step: within the run, since some loggers count what comes after it as another one."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+def held_out_loss(trainer: BwrDncTrainer) -> float:
+    """That of the model as it is now; measured unless the last step did."""
+    last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
+    measured = [entry["eval_loss"] for entry in last if "eval_loss" in entry]
+    if measured and not trainer.args.load_best_model_at_end:
+        return measured[-1]
+    return trainer.evaluate()["eval_loss"]
 
 
 def training_arguments(recipe: Recipe) -> BwrDncTrainingArguments:

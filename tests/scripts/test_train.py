@@ -185,6 +185,9 @@ def test_a_run_reports_to_tensorboard(call, recipe, tmp_path, monkeypatch):
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(history(tmp_path / "run"), rel=1e-3)
     assert board.Scalars("train/memory/salience_moved")[0].value > 0
+    # The last evaluation belongs to the run, and is not another one.
+    assert [event.step for event in board.Scalars("eval/loss")] == [4]
+    assert len(list((tmp_path / "board").iterdir())) == 1
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb", "trackio"])
