@@ -8,8 +8,10 @@ Examples:
 import argparse
 import tempfile
 
+from huggingface_hub.utils import validate_repo_id
+
 from modeling_bwr_dnc.conversion.hub_folder import stage_model_folder, upload_model_folder
-from scripts.command_line import run
+from scripts.command_line import check_output, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def push_to_hub(arguments: argparse.Namespace) -> None:
+    validate_repo_id(arguments.repo)
     if arguments.dry_run is not None:
+        check_output(arguments.dry_run)
         _list(stage_model_folder(arguments.model, arguments.dry_run))
         print(f"nothing was uploaded; {arguments.dry_run} holds what {arguments.repo} would get")
         return

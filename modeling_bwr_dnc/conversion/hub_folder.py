@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
+from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 from yaml import YAMLError
 
@@ -35,15 +36,25 @@ def check_model_folder(folder: str | Path) -> None:
     """Make sure that a stranger could load this folder with `trust_remote_code=True`.
 
     Raises:
-        ValueError: if the folder, its weights, a code file that it refers to, or the card's metadata is missing.
+        ValueError: if the folder, its weights, a code file that it refers to, or the card's metadata is missing or damaged.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder (it holds no config.json)")
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} holds no weights (*.safetensors)")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not config.get("auto_map"):
+    for path in folder.glob("*.safetensors"):
+        try:
+            # Its header says how long the file is; nothing else is read.
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"the weights in {path} are damaged ({error}); restore them from a copy") from error
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json is no JSON ({error}); restore it from a copy") from error
+    if not isinstance(config, dict) or not config.get("auto_map"):
         raise ValueError(f"{folder}/config.json names no code files (auto_map); save the model with save_pretrained")
     for reference in config["auto_map"].values():
         module = folder / f"{reference.rpartition('--')[2].partition('.')[0]}.py"
@@ -58,7 +69,7 @@ def check_model_folder(folder: str | Path) -> None:
 
 def _check_card(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path.parent} holds no model card (README.md)")
+        raise ValueError(f"{path.parent} holds no model card (README.md); model_cards/TEMPLATE.md is one to fill in")
     try:
         data = ModelCard(path.read_text(encoding="utf-8")).data.to_dict()
     except (ValueError, YAMLError) as error:

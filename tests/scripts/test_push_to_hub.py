@@ -15,6 +15,9 @@ def test_bad_input_is_refused(assert_refused, tiny_model, tmp_path):
     repo = ["--repo", "owner/name", "--dry-run", tmp_path / "staged"]
     assert_refused("no model folder", push_to_hub, "--model", tmp_path / "nowhere", *repo)
     assert_refused("no config.json", push_to_hub, "--model", tmp_path, *repo)
+    wrong = ["--repo", "not a name", "--dry-run", tmp_path / "staged"]
+    assert_refused("not a name", push_to_hub, "--model", tiny_model, *wrong)
+    assert_refused("nothing can be written", push_to_hub, "--model", tiny_model, *repo[:3], __file__)
     (tmp_path / "staged").mkdir()
     (tmp_path / "staged" / "mine").write_text("x")
     assert_refused("not empty", push_to_hub, "--model", tiny_model, *repo)

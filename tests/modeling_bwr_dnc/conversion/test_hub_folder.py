@@ -48,6 +48,18 @@ def test_missing_file_is_named(folder, name, message):
         check_model_folder(folder)
 
 
+def test_damaged_file_is_named(folder):
+    config, weights = (folder / "config.json").read_bytes(), (folder / "model.safetensors").read_bytes()
+    (folder / "config.json").write_bytes(config[:-30])
+    with pytest.raises(ValueError, match="config.json is no JSON"):
+        check_model_folder(folder)
+    (folder / "config.json").write_bytes(config)
+    for damaged in (weights[:-1], weights[:4]):
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.safetensors are damaged"):
+            check_model_folder(folder)
+
+
 def test_config_without_code_files_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]
