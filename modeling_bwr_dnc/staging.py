@@ -1,4 +1,4 @@
-"""Folders that appear only when they are complete."""
+"""Folders and files that appear only when they are complete."""
 
 import os
 import shutil
@@ -47,6 +47,17 @@ def complete_folder(
         _sync_one(folder.parent)
         shutil.rmtree(staged.parent, ignore_errors=True)
     wait()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Either `path` holds the whole text afterwards, or what it held before."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _is_short_write(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from modeling_bwr_dnc.evaluation.measuring import task_accuracy
+from modeling_bwr_dnc.staging import write_text
 from modeling_bwr_dnc.tasks import Curriculum
 from modeling_bwr_dnc.tasks.learning import learn, small_config
 from scripts.command_line import check_least, check_output, run
@@ -137,7 +138,7 @@ def _write(arguments: argparse.Namespace, trainings: list[dict]) -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     results = {"facts": facts, "trainings": trainings}
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

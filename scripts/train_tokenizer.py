@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_bwr_dnc.loading import read_tokenizer
+from modeling_bwr_dnc.staging import complete_folder
 from scripts.command_line import check_output, run
 
 DEFAULT_TOKENIZER = "tokenization/bwr-dnc-bpe-50k"
@@ -311,12 +312,13 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
         return
     if arguments.output is None:
         raise ValueError("--input needs --output: the folder to write the trained tokenizer to")
-    output = Path(arguments.output)
+    output = Path(arguments.output).absolute()
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another folder")
     check_output(output)
     tokenizer = train_bpe(read_inputs(arguments.input), arguments.vocab_size)
-    tokenizer.save_pretrained(arguments.output)
+    with complete_folder(output, staging=f"{output.name}.partial") as folder:
+        tokenizer.save_pretrained(folder)
     print(f"{len(tokenizer):,} entries written to {arguments.output}")
 
 

@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 from yaml import YAMLError
 
+from modeling_bwr_dnc.staging import complete_folder
+
 # Everything else in the folder (states, optimizers, notes, secrets) stays at home.
 PUBLISHED = (
     "README.md",
@@ -89,10 +91,10 @@ def stage_model_folder(folder: str | Path, staging: str | Path) -> list[Path]:
     check_model_folder(folder)
     if staging.exists() and any(staging.iterdir()):
         raise ValueError(f"{staging} is not empty; choose another folder")
-    staging.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PUBLISHED):
-            shutil.copyfile(path, staging / path.name)
+    with complete_folder(staging.absolute(), staging=f"{staging.name}.partial") as partial:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PUBLISHED):
+                shutil.copyfile(path, partial / path.name)
     return sorted(staging.iterdir())
 
 

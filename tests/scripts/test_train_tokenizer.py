@@ -81,3 +81,12 @@ def test_command_line_trains_and_compares(call, document, tmp_path):
 )
 def test_what_the_user_can_mend_is_one_line(assert_refused, arguments, words):
     assert_refused(words, train_tokenizer, *arguments)
+
+
+def test_a_full_disk_leaves_nothing(call, tmp_path, full_disk):
+    with full_disk(5_000):
+        code, _, errors = call(
+            train_tokenizer, "--input", LICENSE, "--output", tmp_path / "tokenizer", "--vocab-size", 300
+        )
+    assert code == 2 and "could not be written" in errors.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
