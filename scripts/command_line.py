@@ -41,12 +41,17 @@ def quiet_libraries() -> None:
 
 def load_model(name: str) -> tuple[BwrDncForCausalLM, PreTrainedTokenizerBase]:
     """A BWR-DNC model and its tokenizer, from a folder or the Hub."""
+    return load_bare_model(name), read_tokenizer(name)
+
+
+def load_bare_model(name: str) -> BwrDncForCausalLM:
+    """A BWR-DNC model that may have no tokenizer."""
     path = Path(name)
     if not path.is_dir() and (path.exists() or path.is_absolute() or name.count("/") != 1):
         raise ValueError(f"no model folder at {name}; convert a model first (python -m scripts.convert --help)")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{name} is no model folder (it holds no config.json)")
-    return read_model(name).eval(), read_tokenizer(name)
+    return read_model(name).eval()
 
 
 def check_output(place: str | Path) -> None:

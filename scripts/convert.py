@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="convert a source that has its own sliding window; it is equalled only within that window",
     )
     parser.add_argument("--skip-proof", action="store_true", help="do not compare with the source")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is a model")
     return parser
 
 

@@ -35,7 +35,7 @@ from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
 from modeling_bwr_dnc.evaluation.recall import measure_budgets, measure_recall
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.tasks import TASKS, Passkey, Task, TextNeedle
-from scripts.command_line import load_model, run
+from scripts.command_line import check_least, check_output, load_bare_model, load_model, run
 
 MEASURES = ("loss", "passkey", "needle", "facts", "budgets", "accuracy", "pairs")
 # Written beside a model that was trained on a task.
@@ -91,13 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    if min(arguments.lengths) < 2 or arguments.rows < 1:
-        raise ValueError(f"--lengths {arguments.lengths} and --rows {arguments.rows} must be at least 2 and 1")
+    check_least(arguments, lengths=2, rows=1, pairs=1, slots=0, budgets=1, full_limit=0)
+    check_output(arguments.output)
     text_measures = [name for name in arguments.measures if name in ("loss", "passkey", "needle", "facts", "budgets")]
     if text_measures:
         model, tokenizer = load_model(arguments.model)
     else:
-        model, tokenizer = BwrDncForCausalLM.from_pretrained(arguments.model).eval(), None
+        model, tokenizer = load_bare_model(arguments.model), None
     if arguments.memory_slots is not None:
         model.config.memory_slots = arguments.memory_slots
         model.config.validate_architecture()
@@ -230,7 +230,10 @@ def task_from(name: str, options: list[str], known: dict) -> Task:
         if key not in fields:
             raise ValueError(f"the task {name!r} has no setting {key!r}; it has {', '.join(fields)}")
         known[key] = _number(value)
-    return TASKS[name](**known)
+    try:
+        return TASKS[name](**known)
+    except TypeError as error:
+        raise ValueError(f"the settings of the task {name!r} do not fit: {error}") from None
 
 
 def _number(text: str):

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from modeling_bwr_dnc.evaluation.measuring import read_blocks, task_accuracy
 from modeling_bwr_dnc.evaluation.peers import cache_nbytes
 from modeling_bwr_dnc.evaluation.report import write_report
+from modeling_bwr_dnc.staging import complete_folder, write_text
 from modeling_bwr_dnc.tasks import TASKS, Task
 from modeling_bwr_dnc.tasks.learning import ABLATIONS, MODEL_KINDS, Stage, learn, small_config, staged
-from scripts.command_line import run
+from scripts.command_line import check_least, check_output, run
 from scripts.evaluate import TASK_FILE, task_from
 
 # Rows of the measurements; training uses small seeds.
@@ -80,8 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train_task(arguments: argparse.Namespace) -> None:
+    check_least(arguments, steps=1, tokens_per_batch=1, lengths=1, pairs=1, rows=1, full_limit=0)
+    check_output(arguments.output)
     task = task_from(arguments.task, arguments.option, {"length": arguments.length})
     settings = dict(_pair(item) for item in arguments.setting)
+    configs = [small_config(kind, task, arguments.memory_slots, **settings) for kind in arguments.models]
+    unknown = [name for name in settings if not any(name in type(config)().to_dict() for config in configs)]
+    if unknown:
+        raise ValueError(
+            f"--setting has {', '.join(unknown)}, which no model asked for has; name fields of its config"
+        )
     output, trainings = Path(arguments.output), []
     by_length: list[dict] = []
     by_pairs: list[dict] = []
@@ -118,9 +127,10 @@ def train_task(arguments: argparse.Namespace) -> None:
                 flush=True,
             )
             folder = output / f"{kind}-{seed}"
-            model.save_pretrained(folder)
             described = {"task": task.name, "options": _options(trained)}
-            (folder / TASK_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            with complete_folder(folder) as staged_folder:
+                model.save_pretrained(staged_folder)
+                write_text(staged_folder / TASK_FILE, json.dumps(described, indent=1) + "\n")
             for length in arguments.lengths:
                 if kind != "full" or length <= arguments.full_limit:
                     accuracy = task_accuracy(model, _unseen(task, length=length), arguments.rows)
@@ -133,7 +143,7 @@ def train_task(arguments: argparse.Namespace) -> None:
                 print(f"  {pairs} pairs in {unseen.length:,} tokens: {accuracy['exact']:.3f}", flush=True)
             # After every model, so that an interrupted run leaves what it has measured.
             results = _results(arguments, task, by_length, by_pairs, trainings)
-            (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
     for path in write_report(results, output):
         print(f"wrote {path}")
 

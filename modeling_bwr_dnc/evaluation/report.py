@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..staging import write_text
 from .inspection import INK, PAPER
 
 # Ours first; the same color and order in every picture.
@@ -29,14 +30,14 @@ def write_report(results: dict, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "results.json", folder / "results.md"]
-    written[0].write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(written[0], json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     parts = [f"# {results['title']}", "\n".join(f"* {name}: {value}" for name, value in results["facts"].items())]
     for name, records in results["measurements"].items():
         picture = folder / f"{name}.png"
         draw(records, picture, name.replace("_", " "))
         written.append(picture)
         parts.append(f"## {name.replace('_', ' ').capitalize()}\n\n{table(records)}\n\n![{name}]({picture.name})")
-    written[1].write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(written[1], "\n\n".join(parts) + "\n")
     return written
 
 

@@ -62,7 +62,7 @@ class BwrDncTrainingArguments(TrainingArguments):
             ("salience_cost", 0),
         )
         for name, least in counts:
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {least}.")
         if self.span_length is not None and self.span_length < 1:
             raise ValueError(

@@ -47,3 +47,11 @@ def test_a_target_is_reached_where_the_curve_first_is_that_high():
 def test_a_phase_shorter_than_two_segments_is_refused(assert_refused, tmp_path):
     arguments = ["--output", tmp_path / "out", *QUICK[:-1], 16]
     assert_refused("segment_length", compare_curriculum, *arguments)
+
+
+def test_bad_input_is_refused_before_a_training(assert_refused, tmp_path):
+    output = ["--output", tmp_path / "out"]
+    for option in ("--steps", "--rows", "--measure-every", "--adapt-every", "--tokens-per-batch"):
+        assert_refused(f"{option} is 0", compare_curriculum, *output, option, 0)
+    assert_refused("--targets is nan", compare_curriculum, *output, "--targets", "nan")
+    assert_refused("nothing can be written", compare_curriculum, "--output", __file__)

@@ -71,4 +71,8 @@ def test_trains_measures_and_leaves_models(call, tmp_path):
 def test_bad_input_is_refused(assert_refused, tmp_path):
     assert_refused("`num_pairs` is 500", train_task, "--output", tmp_path, "--option", "num_pairs=500")
     assert_refused("has no setting 'pairs'", train_task, "--output", tmp_path, "--option", "pairs=5")
+    assert_refused("--steps is 0", train_task, "--output", tmp_path, "--steps", 0)
+    assert_refused("nothing can be written", train_task, "--output", __file__)
+    assert_refused("--setting has nonsense", train_task, "--output", tmp_path, "--setting", "nonsense=1")
+    assert_refused("'many'", train_task, "--output", tmp_path, "--setting", "segment_length=many")
     assert_refused("must be KEY=VALUE", train_task, "--output", tmp_path, *QUICK, "--setting", "hidden_size")
