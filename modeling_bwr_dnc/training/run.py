@@ -238,6 +238,10 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BwrDncForCa
 def load_model(recipe: Recipe) -> BwrDncForCausalLM:
     """Pretrained weights, quantised for `qlora`; the memory parameters in float32 there."""
     name = recipe.model
+    if name in list_presets() and not Path(name).is_dir():
+        raise ValueError(
+            f"{name} is a preset, which has no weights to go on from; train it first, or name a model folder"
+        )
     _require_folder_or_hub_name(name)
     check_settings(recipe.model_settings)
     quantization = recipe.quantization if recipe.method == "qlora" else None

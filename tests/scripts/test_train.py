@@ -281,6 +281,7 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(call, assert_refu
 
 def test_a_model_of_another_kind_is_refused(assert_refused, recipe, tiny_source):
     assert_refused("convert it first", finetune, "--config", recipe, f"model={tiny_source}")
+    assert_refused("has no weights", finetune, "--config", recipe, "model=bwr-dnc-tiny")
 
 
 @pytest.mark.slow
