@@ -34,6 +34,7 @@ from modeling_bwr_dnc.evaluation.machine import CLOCKS
 from modeling_bwr_dnc.evaluation.peers import FULL, OURS, PEERS
 from modeling_bwr_dnc.loading import read_config
 from modeling_bwr_dnc.presets import preset_path
+from modeling_bwr_dnc.staging import write_text
 from scripts.command_line import check_output, run
 
 WHATS = ("train", "prefill", "decode", "memory", "cold", "announced")
@@ -121,7 +122,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     def keep(others: dict | None = None) -> dict:
         """Everything measured so far, also in a file: an interrupted run leaves what it has."""
         results = summarize(bench.results(command)) | {"throughput": others or {}}
-        (output / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_text(output / "benchmark.json", json.dumps(results, indent=1) + "\n")
         return results
 
     asked = set(arguments.what)
@@ -212,7 +213,7 @@ def write(results: dict, output: Path) -> None:
     text = markdown(results, picture)
     for preset, found in results["throughput"].items():
         text += f"\n# Throughput of {preset}\n\n" + markdown(found).split("\n", 2)[2].lstrip()
-    (output / "benchmark.md").write_text(text, encoding="utf-8")
+    write_text(output / "benchmark.md", text)
     print(text)
     print(f"written to {output}", file=sys.stderr)
 

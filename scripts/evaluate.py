@@ -102,11 +102,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
         model.config.memory_slots = arguments.memory_slots
         model.config.validate_architecture()
     policies = [*(arguments.policies or CONTROLS), *(f"score:{score}" for score in arguments.score)]
-    begin = time.monotonic()
-    measurements: dict[str, list[dict]] = {}
-    for measure in arguments.measures:
-        print(f"measuring {measure} ...", flush=True)
-        measurements |= MEASURING[measure](arguments, model, tokenizer, policies)
     facts = {
         "command": f"`python -m scripts.evaluate {shlex.join(sys.argv[1:])}`",
         "policies": "; ".join(f"{name} = {POLICIES[name]}" for name in policies),
@@ -116,11 +111,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device.type}, {model.dtype}",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "seconds": round(time.monotonic() - begin),
         "date": time.strftime("%Y-%m-%d"),
     }
-    results = {"title": f"Memory of {Path(arguments.model).name}", "facts": facts, "measurements": measurements}
-    for path in write_report(results, arguments.output):
+    measurements: dict[str, list[dict]] = {}
+    begin, written = time.monotonic(), []
+    for measure in arguments.measures:
+        print(f"measuring {measure} ...", flush=True)
+        measurements |= MEASURING[measure](arguments, model, tokenizer, policies)
+        facts["seconds"] = round(time.monotonic() - begin)
+        # After every measure, so that an interrupted run leaves what it has measured.
+        results = {"title": f"Memory of {Path(arguments.model).name}", "facts": facts, "measurements": measurements}
+        written = write_report(results, arguments.output)
+    for path in written:
         print(f"wrote {path}")
 
 

@@ -61,6 +61,13 @@ def test_tasks_budgets_and_scores(call, tiny_model, tmp_path):
     assert "slots 8/0/0" in results["facts"]["memory"]
 
 
+def test_what_was_measured_outlives_a_later_failure(assert_refused, tiny_model, document, tmp_path):
+    arguments = ["--model", tiny_model, "--output", tmp_path, "--text", document, "--lengths", 150, "--rows", 1]
+    # The loss needs 150 tokens, which the text has; the facts have no room in them.
+    assert_refused("has no room for", evaluate, *arguments, "--measures", "loss", "facts", "--policies", "memory")
+    assert json.loads((tmp_path / "results.json").read_text())["measurements"]["loss_by_position"][0]["loss"] > 0
+
+
 def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path / "out"]
     assert_refused("no model folder at", evaluate, "--model", tmp_path / "nowhere", "--output", tmp_path)
