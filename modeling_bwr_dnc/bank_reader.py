@@ -131,14 +131,14 @@ class Call:
     # [B, W] column of the batch's mask that each real token of a row stands in, where the whole history is known.
     key_columns: torch.Tensor | None = None
     num_columns: int = 0
-    masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
 
-    def causal_mask(self, num_queries: int, num_keys: int) -> torch.Tensor:
-        """Additive mask [T, L], shared by all layers."""
-        if (num_queries, num_keys) not in self.masks:
+    def causal_mask(self, num_queries: int, num_keys: int, repeats: int = 1) -> torch.Tensor:
+        """Additive mask [repeats * T, L], shared by all layers."""
+        if (num_queries, num_keys, repeats) not in self.masks:
             mask = causal_mask(num_queries, num_keys, self.rotary.device, self.rotary.dtype)
-            self.masks[num_queries, num_keys] = mask
-        return self.masks[num_queries, num_keys]
+            self.masks[num_queries, num_keys, repeats] = mask.repeat(repeats, 1)
+        return self.masks[num_queries, num_keys, repeats]
 
 
 @dataclass
@@ -605,9 +605,10 @@ class BankReader:
     def _attend(self, queries, keys, values, biases, mask=None):
         """Output [R, H, T, D], and weights if asked for, of rotated queries, the last T of the L entries of their rows."""
         num_queries, num_keys = queries.shape[2], keys.shape[2]
+        is_eager = self.call.eager or self.call.output_attentions
         if mask is None and num_queries > 1:
-            mask = self.call.causal_mask(num_queries, num_keys)
-        if self.call.eager or self.call.output_attentions:
+            mask = self.call.causal_mask(num_queries, num_keys, 1 if is_eager else queries.shape[1] // keys.shape[1])
+        if is_eager:
             bias = additive_bias(*biases, num_keys)
             weights = attention_weights(queries, keys, mask, bias, self.scaling).to(values.dtype).flatten(1, 2)
             shown = None

@@ -289,7 +289,8 @@ def attend(
 
     Args:
         queries [B, H, T, D], keys and values [B, G, L, D]: rotated queries and keys.
-        mask: additive, [T, L] or [B, 1, T, L], or None when every query sees every key.
+        mask: additive, [T, L], the same once for each of the R query heads of a group, [R * T, L] (then it need not be copied
+            and kept for every call), or [B, 1, T, L]; None when every query sees every key.
         key_bias, gates, level: see `additive_bias`.
         is_causal: T equals L and the mask is the plain causal one (then `mask` is None and there are no biases).
 
@@ -310,9 +311,9 @@ def attend(
     if bias is not None:
         bias = bias.to(folded.dtype).expand(-1, -1, repeats, num_queries, -1)
         if mask is not None:
-            bias = bias + (mask if mask.dim() == 2 else mask[:, :, None])
+            bias = bias + (mask[:num_queries] if mask.dim() == 2 else mask[:, :, None])
         mask = bias.reshape(batch_size, num_groups, repeats * num_queries, num_keys)
-    elif mask is not None:
+    elif mask is not None and mask.shape[-2] == num_queries:
         mask = mask.repeat(*(1,) * (mask.dim() - 2), repeats, 1)
     output = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scaling)
     return output[..., :width].reshape(batch_size, num_heads, num_queries, width)
