@@ -321,16 +321,23 @@ def _cold_section(results: dict) -> list[str]:
 def draw(results: dict, path: str | Path) -> None:
     """Save tokens per second of training, prefill and decoding, and peak memory of reading, over length."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(15, 4), dpi=120, layout="constrained")
-    axes = figure.subplots(1, 4)
-    for axis, (what, title) in zip(axes, TITLES.items()):
-        _draw_lines(axis, results, what, tokens_per_second)
-        axis.set(title=title, ylabel="tokens per second")
-    _draw_lines(axes[3], results, "memory", lambda entry: entry["peak_bytes"] / 1e9, variant="reading")
-    axes[3].set(title="reading", ylabel="peak memory of the process (GB)")
-    for axis in axes:
-        axis.set(xscale="log", xlabel="length (tokens)")
+    panels = [(what, title, "tokens per second", tokens_per_second, None) for what, title in TITLES.items()]
+    panels.append(
+        ("memory", "reading", "peak memory of the process (GB)", lambda entry: entry["peak_bytes"] / 1e9, "reading")
+    )
+    measured = {(entry["what"], entry.get("variant")) for entry in results["measurements"]}
+    panels = [panel for panel in panels if (panel[0], panel[4]) in measured] or panels[:1]
+    figure = Figure(figsize=(3.75 * len(panels), 4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (what, title, unit, height, variant) in zip(axes, panels):
+        _draw_lines(axis, results, what, height, variant)
+        axis.set(title=title, ylabel=unit, xlabel="length (tokens)")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.tick_params(axis="x", labelsize=8)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
