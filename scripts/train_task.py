@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--memory-learning-rate", type=float, default=1e-2)
-    parser.add_argument("--salience-cost", type=float, default=0.1, help="weight of the cost of being salient (0.1)")
+    parser.add_argument("--salience-cost", type=float, default=0.02, help="weight of the cost of being salient (0.02)")
     parser.add_argument("--memory-slots", nargs=3, type=int, default=[32, 16, 8], metavar="N", help="raw, 2x, 4x")
     parser.add_argument(
         "--setting",

@@ -145,7 +145,7 @@ def learn(
     learning_rate: float = 5e-3,
     memory_learning_rate: float = 1e-2,
     retention_noise: bool = True,
-    salience_cost: float = 0.1,
+    salience_cost: float = 0.02,
     measure: Callable[[PreTrainedModel], float] | None = None,
     measure_every: int = 50,
     stop_at: float | None = None,
