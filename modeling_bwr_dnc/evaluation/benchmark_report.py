@@ -323,7 +323,9 @@ def draw(results: dict, path: str | Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    panels = [(what, title, "tokens per second", tokens_per_second, None) for what, title in TITLES.items()]
+    panels: list[tuple] = [
+        (what, title, "tokens per second", tokens_per_second, None) for what, title in TITLES.items()
+    ]
     panels.append(
         ("memory", "reading", "peak memory of the process (GB)", lambda entry: entry["peak_bytes"] / 1e9, "reading")
     )
