@@ -1,7 +1,6 @@
 """What all command lines share: errors and interruptions are one line, and outputs are tried before the work."""
 
 import argparse
-import signal
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -13,7 +12,7 @@ from scripts.command_line import check_least, check_output, run
 @pytest.mark.parametrize(
     ("raise_it", "code", "words"),
     [
-        (lambda: signal.raise_signal(signal.SIGINT), 130, "interrupted"),
+        (lambda: (_ for _ in ()).throw(KeyboardInterrupt()), 130, "interrupted"),
         (lambda: (_ for _ in ()).throw(SafetensorError("file too large")), 2, "file too large"),
         (lambda: (_ for _ in ()).throw(StrictDataclassError("a field:\n  of the wrong type")), 2, "a field: of the"),
         (lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")), 2, "No space left"),
