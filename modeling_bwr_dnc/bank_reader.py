@@ -606,7 +606,8 @@ class BankReader:
         """Output [R, H, T, D], and weights if asked for, of rotated queries, the last T of the L entries of their rows."""
         num_queries, num_keys = queries.shape[2], keys.shape[2]
         is_eager = self.call.eager or self.call.output_attentions
-        if mask is None and num_queries > 1:
+        is_causal = num_queries == num_keys and biases[0] is None and not is_eager
+        if mask is None and num_queries > 1 and not is_causal:
             mask = self.call.causal_mask(num_queries, num_keys, 1 if is_eager else queries.shape[1] // keys.shape[1])
         if is_eager:
             bias = additive_bias(*biases, num_keys)
@@ -616,7 +617,6 @@ class BankReader:
                 weights, shown = self._shown(weights)
             output = torch.matmul(weights.unflatten(1, (keys.shape[1], -1)), values[:, :, None])
             return output.flatten(1, 2), shown
-        is_causal = num_queries == num_keys and biases[0] is None
         return attend(queries, keys, values, None if is_causal else mask, self.scaling, *biases, is_causal), None
 
     def _shown(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
