@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..retrofit.facts import Fact, hide_facts, sentence_ends
-from .measuring import read_losses
+from .measuring import read_blocks, read_losses
 from .metrics.answer_accuracy.answer_accuracy import answer_accuracy
 from .policies import policy_settings, settings_changed
 
@@ -102,7 +102,7 @@ class Recalled:
     """What a model made of a text with facts: said and true ids of every answer, losses of the tokens, bytes of the memory."""
 
     answers: Answers
-    losses: torch.Tensor  # [T - 1], nats
+    losses: torch.Tensor  # [T - 1], nats; [0] if they were not wanted
     state_bytes: int
 
     def loss_from(self, token: int) -> float:
@@ -112,16 +112,27 @@ class Recalled:
 
 @torch.no_grad()
 def recalled(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: list[int], facts: Sequence[Fact]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: list[int],
+    facts: Sequence[Fact],
+    with_losses: bool = True,
 ) -> Recalled:
     """
     Read a text once, then put the question of every fact to a copy of the memory. What is said are the most likely ids of the
     answer, given the true ones before.
+
+    Args:
+        with_losses: losses are wanted; they take the whole head, for every token.
     """
-    losses = []
-    for block_losses, memory in read_losses(model, torch.tensor([token_ids])):
-        losses.append(block_losses[0])
-        cache = memory
+    losses, text = [torch.empty(0)], torch.tensor([token_ids])
+    if with_losses:
+        for block_losses, memory in read_losses(model, text):
+            losses.append(block_losses[0])
+            cache = memory
+    else:
+        for _, _, memory in read_blocks(model, text):
+            cache = memory
     answers = []
     for fact in facts:
         question = tokenizer(fact.prompt, add_special_tokens=False).input_ids
@@ -140,13 +151,14 @@ def read_texts(
     length: int,
     num_texts: int,
     seed: int,
+    with_losses: bool,
 ) -> list[Recalled]:
     """What a model makes of `num_texts` texts of `length` tokens under a policy."""
     found = []
     with settings_changed(model, **policy_settings(model, policy, length)):
         for number in range(num_texts):
             text, facts = text_to_recall(tokenizer, token_ids, length, random.Random(f"{seed} {number}"))
-            found.append(recalled(model, tokenizer, text, facts))
+            found.append(recalled(model, tokenizer, text, facts, with_losses))
     return found
 
 
@@ -172,7 +184,7 @@ def measure_recall(
         for length in lengths:
             if policy == "full" and full_limit is not None and length > full_limit:
                 continue
-            found = read_texts(model, tokenizer, token_ids, policy, length, num_texts, seed)
+            found = read_texts(model, tokenizer, token_ids, policy, length, num_texts, seed, with_losses=False)
             for index, answers in enumerate(zip(*(text.answers for text in found))):
                 depth = round((index + 0.5) / len(KINDS), 2)
                 records.append({"policy": policy, "length": length, "depth": depth} | accuracy(list(answers)))
@@ -200,7 +212,7 @@ def measure_budgets(
             for policy in policies:
                 if number and policy in ("full", "window"):
                     continue
-                found = read_texts(model, tokenizer, token_ids, policy, length, num_texts, seed)
+                found = read_texts(model, tokenizer, token_ids, policy, length, num_texts, seed, with_losses=True)
                 loss = fmean(text.loss_from(length // 2) for text in found)
                 record = {"policy": policy, "slots": num_slots, "state_bytes": found[0].state_bytes}
                 record |= accuracy([answer for text in found for answer in text.answers])
