@@ -22,7 +22,7 @@ def read_config(name: str | Path, **settings) -> BwrDncConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **settings)
     except OSError as error:
-        raise ValueError(f"the config of {name} could not be read: {_first_line(error)}") from error
+        raise ValueError(f"the config of {name} could not be read: {first_line(error)}") from error
     if config.model_type != BwrDncConfig.model_type:
         raise ValueError(
             f"{name} is a {config.model_type} model; convert it first: python -m scripts.convert --source {name}"
@@ -44,7 +44,7 @@ def read_model(name: str | Path, **options) -> BwrDncForCausalLM:
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"the weights of {name} could not be read: {_first_line(error)}; restore them from a copy"
+            f"the weights of {name} could not be read: {first_line(error)}; restore them from a copy"
         ) from error
     missing = [key for key in report["missing_keys"] if not any(part in key for part in OPTIONAL_PARTS)]
     absent = sorted(missing) + sorted(key for key, *_ in report["mismatched_keys"])
@@ -62,8 +62,9 @@ def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         # The library has no error of its own: it is whatever its first reader stumbles over.
-        raise ValueError(f"{name} holds no tokenizer that can be read: {_first_line(error)}") from error
+        raise ValueError(f"{name} holds no tokenizer that can be read: {first_line(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of its message, or its name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -40,6 +40,7 @@ from modeling_bwr_dnc.evaluation.peers import (
     decoded_token_bytes,
     forward_flops,
 )
+from modeling_bwr_dnc.training.allocator import trim_freed_memory
 from modeling_bwr_dnc.training.token_loss import head_gives_losses
 
 # Lengths measured by default.
@@ -433,7 +434,7 @@ class Benchmark:
     def _in_child(self, function: Callable, name: str, length: int, arguments: tuple, variant: str) -> None:
         # What this process holds, or has freed and kept, would be missing there.
         self.models.clear()
-        machine.return_freed_memory()
+        trim_freed_memory()
         try:
             found = in_fresh_process(function, self.settings, name, length, *arguments)
         except ValueError as error:

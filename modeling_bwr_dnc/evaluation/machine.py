@@ -1,12 +1,10 @@
 """What a machine can do, what else it is doing, and how much memory a process took."""
 
-import ctypes
 import multiprocessing
 import os
 import platform
 import resource
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -22,13 +20,6 @@ REPOSITORY = Path(__file__).parent.parent.parent
 def synchronize(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def return_freed_memory() -> None:
-    """Let the C library (glibc) give everything back that this process has freed, once; other libraries decide for themselves."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 # "processor" counts the seconds in which this process really ran, all threads together: what remains comparable, with one

@@ -20,3 +20,10 @@ def return_freed_memory() -> None:
         except OSError:
             # Another C library, which decides for itself.
             return
+
+
+def trim_freed_memory() -> None:
+    """Let the C library (glibc) give everything back that this process has freed, once; other libraries decide for themselves."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

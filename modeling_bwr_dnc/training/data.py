@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, interleave_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..loading import first_line
 from ..token_loss import IGNORED
 
 # File name endings that `datasets` reads, and the name of its reader.
@@ -71,13 +72,13 @@ def load_documents(source: DataSource, streaming: bool = False) -> Dataset | Ite
     try:
         documents = load_dataset(kind, streaming=streaming, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the data source {source.name!r} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"the data source {source.name!r} cannot be read: {first_line(error)}") from error
     except Exception as error:
         # `datasets` wraps what its readers raise into an exception of its own.
         if not type(error).__module__.startswith("datasets"):
             raise
         reason = error.__cause__ or error
-        raise ValueError(f"the data source {source.name!r} cannot be read: {_first_line(reason)}") from error
+        raise ValueError(f"the data source {source.name!r} cannot be read: {first_line(reason)}") from error
     columns = documents.column_names or list(next(iter(documents.take(1)), {}))
     _text_kind(columns, source)
     return documents
@@ -111,10 +112,6 @@ def _reader(source: DataSource) -> tuple[str, dict]:
     options = {"data_files": [str(file) for file in files], "split": "train"}
     kind = kinds.pop()
     return kind, options | ({"sample_by": "document"} if kind == "text" else {})
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _text_kind(columns: list[str], source: DataSource) -> str:

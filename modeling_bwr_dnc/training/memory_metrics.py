@@ -4,11 +4,7 @@ What a memory holds and forgets, and how far its parameters move, as numbers for
 Shapes: `B` rows, `G` key/value heads, `N` entries before the window.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..state_bank import BankState, StateBankCache
@@ -87,35 +83,6 @@ def _shares(state: BankState) -> list[tuple[float, float]]:
         if outside > 0:
             shares.append((1 - held_mass / outside, merged_mass / outside))
     return shares
-
-
-class SalienceCost:
-    """The mean softplus of all salience logits that a model gives while this listens, with gradients."""
-
-    def __init__(self, model: nn.Module):
-        self.heard: list[torch.Tensor] = []
-        self.is_listening = False
-        for name, module in model.named_modules():
-            if name.endswith(f"{MEMORY}salience"):
-                module.register_forward_hook(self._hear)
-
-    def _hear(self, module: nn.Module, inputs: tuple, salience: torch.Tensor) -> None:
-        # A layer that is computed again in the backward pass has been heard already, and must do the same then as now.
-        if self.is_listening:
-            self.heard.append(salience)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        self.is_listening = True
-        try:
-            yield
-        finally:
-            self.is_listening = False
-
-    def take(self) -> torch.Tensor | float:
-        """The cost since the last call."""
-        heard, self.heard = self.heard, []
-        return torch.stack([F.softplus(salience).mean() for salience in heard]).mean() if heard else 0.0
 
 
 class GateMovement:

@@ -15,7 +15,8 @@ from ..state_bank import StateBankCache
 from ..token_loss import IGNORED
 from .allocator import return_freed_memory
 from .arguments import BwrDncTrainingArguments
-from .memory_metrics import GateMovement, SalienceCost, bank_metrics, is_memory_parameter
+from .memory_metrics import GateMovement, bank_metrics, is_memory_parameter
+from .salience_cost import SalienceCost
 from .spans import read_in_spans, shift_labels
 
 
