@@ -40,6 +40,7 @@ from .memory_ops import (
     rotary_start,
     rotate,
     route_gates,
+    row_numbers,
     salience_bias,
     take_entries,
 )
@@ -78,11 +79,13 @@ class RotaryTable:
             self.ranges[start, stop] = self.at(torch.arange(start, stop, device=self.device))
         return self.ranges[start, stop]
 
-    def prefix(self, num_prefix: int, settings: BankSettings) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [N, D] of the entries before the window."""
-        if settings.memory_position == "rank" or num_prefix <= settings.num_sink_tokens:
-            return self.range(0, num_prefix)
-        return self.at(prefix_positions(num_prefix, settings, self.device))
+    def entries(self, num_prefix: int, settings: BankSettings) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [N + 2S, D] of the entries before a window and of those in it."""
+        start, room = rotary_start(num_prefix, num_prefix, settings), 2 * settings.segment_length
+        if start == num_prefix:
+            return self.range(0, num_prefix + room)
+        prefix, window = self.at(prefix_positions(num_prefix, settings, self.device)), self.range(start, start + room)
+        return torch.cat((prefix[0], window[0])), torch.cat((prefix[1], window[1]))
 
 
 @dataclass
@@ -178,10 +181,9 @@ class Pool:
 
     def extended(self, pairs: torch.Tensor, compress: Compress) -> "Pool":
         """With the pairs [R, G, K, 2] of pool indices merged, at the end."""
-        older, newer = self.take(pairs[..., 0]), self.take(pairs[..., 1])
-        keys, values = compress(older.keys, older.values, older.mass, newer.keys, newer.values, newer.mass)
-        bias = merge_salience_bias(older.bias, older.mass, newer.bias, newer.mass)
-        added = (keys, values, bias, older.mass + newer.mass)
+        parts = self.take(pairs)
+        keys, values = compress(parts.keys, parts.values, parts.mass)
+        added = (keys, values, merge_salience_bias(parts.bias, parts.mass), parts.mass.sum(-1))
         mine = (self.keys, self.values, self.bias, self.mass)
         return Pool(*(torch.cat(pair, dim=2) for pair in zip(mine, added, strict=True)))
 
@@ -288,9 +290,11 @@ class _TakeEntries(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         if ctx.total.value is None:
             ctx.total.value = gradient.new_zeros(ctx.shape)
-        if gradient.dim() == 4:
-            index = index[..., None].expand_as(gradient)
-        ctx.total.value.scatter_add_(2, index, gradient)
+        if gradient.dim() == 3:
+            ctx.total.value.scatter_add_(2, index, gradient)
+        else:
+            rows = ctx.total.value.flatten(0, 2)
+            rows.index_add_(0, row_numbers(ctx.total.value, index), gradient.flatten(0, 2))
         return None, None, None
 
 
@@ -321,17 +325,14 @@ def refreshed(state: BankState, rotary: RotaryTable) -> BankState:
         parts = [refreshed(state.select([i]), rotary) for i in range(len(state.rows))]
         return BankState.stack(parts)
     settings, row = state.settings, state.rows[0]
-    num_prefix, room = state.num_prefix(), 2 * state.settings.segment_length
+    num_prefix = state.num_prefix()
     state = state.resized(num_prefix)
-    start = rotary_start(num_prefix, num_prefix, settings)
-    keys = state.keys.detach()
-    before = rotate(keys[:, :, :num_prefix], *rotary.prefix(num_prefix, settings))
-    window = rotate(keys[:, :, num_prefix:], *rotary.range(start, start + room))
+    rotated = rotate(state.keys.detach(), *rotary.entries(num_prefix, settings))
     entries = state.entries.map(torch.Tensor.detach)
     key_bias = prefix_bias(
         entries.mass, entries.salience_bias, row_pressure(row, settings), num_prefix - row.num_slots
     )
-    return replace(state, rotated=torch.cat((before, window), dim=2), key_bias=key_bias)
+    return replace(state, rotated=rotated, key_bias=key_bias)
 
 
 def row_pressure(row: RowState, settings: BankSettings) -> float:
@@ -380,54 +381,61 @@ class BankReader:
     # ------------------------------------------------------------------------------------------------- consolidation
 
     def begin_segment(self, state: BankState, plan: Plan | None = None) -> tuple[BankState, Plan | None]:
-        """The state after the older segment of a full window has left it. All rows stand at the same position."""
+        """The state after the older segment of a full window has left it. All rows stand at the same position. `state` is used up."""
         settings, row = self.settings, state.rows[0]
         length, num_prefix = settings.segment_length, len(state.entries)
-        candidates_end = num_prefix + length
         num_sinks = min(settings.num_sink_tokens, row.window_start + length)
-        if any(settings.memory_slots) or num_prefix < num_sinks:
-            stay, slot_counts, plan = self._consolidated(state, num_sinks, plan)
-        else:
+        if not any(settings.memory_slots) and num_prefix == num_sinks:
             # Sinks stay, and nothing else ever does.
-            prefix = state.keys[:, :, :num_prefix], state.values[:, :, :num_prefix]
-            stay, slot_counts = Candidates(state.entries, *prefix, state.queries, settings), row.slot_counts
             plan = None if plan is None else Plan(plan.source[:, :, :num_prefix], plan.pairs)
+            return self._shifted(state), plan
+        entries, kept, slot_counts, plan = self._consolidated(state, num_sinks, plan)
+        num_kept, candidates_end = len(entries), num_prefix + length
         rows = [replace(r, window_start=r.window_start + length, slot_counts=slot_counts) for r in state.rows]
-        num_kept = len(stay.entries)
-        start = rotary_start(num_kept, num_kept, settings)
-        window_keys = state.keys[:, :, candidates_end:]
-        rotated = (
-            rotate(stay.keys, *self.call.rotary.prefix(num_kept, settings)),
-            rotate(window_keys, *self.call.rotary.range(start, start + length)),
-        )
+        newer = torch.arange(candidates_end, candidates_end + length, device=kept.device)
+        stays = torch.cat((kept, newer.expand(*kept.shape[:2], length)), dim=2)
+        room = (0, 0, 0, length)
+        keys, values = (F.pad(take_entries(tensor, stays), room) for tensor in (state.keys, state.values))
         holes = None
         if state.holes is not None:
             holes = F.pad(state.holes[:, :, candidates_end:], (num_kept, length))
-
-        def with_room(*parts):
-            last = parts[-1]
-            return torch.cat((*parts, last.new_zeros(*last.shape[:2], length, *last.shape[3:])), dim=2)
-
         consolidated = replace(
             state,
             rows=rows,
-            entries=stay.entries,
-            keys=with_room(stay.keys, window_keys),
-            values=with_room(stay.values, state.values[:, :, candidates_end:]),
-            rotated=with_room(*rotated),
-            window_salience=with_room(state.window_salience[:, :, length:]),
+            entries=entries,
+            keys=keys,
+            values=values,
+            rotated=rotate(keys, *self.call.rotary.entries(num_kept, settings)),
+            window_salience=F.pad(state.window_salience[:, :, length:], (0, length)),
             window_ids=F.pad(state.window_ids[:, length:], (0, length)),
             holes=holes,
-            key_bias=prefix_bias(
-                stay.entries.mass, stay.entries.salience_bias, row_pressure(rows[0], settings), num_sinks
-            ),
+            key_bias=prefix_bias(entries.mass, entries.salience_bias, row_pressure(rows[0], settings), num_sinks),
         )
         return consolidated, plan
 
+    def _shifted(self, state: BankState) -> BankState:
+        """The same entries before a window whose older segment is gone; in place."""
+        length, num_prefix = self.settings.segment_length, len(state.entries)
+        for tensor, first in (
+            (state.keys, num_prefix),
+            (state.values, num_prefix),
+            (state.rotated, num_prefix),
+            (state.holes, num_prefix),
+            (state.window_salience, 0),
+            (state.window_ids[:, None], 0),
+        ):
+            if tensor is not None:
+                tensor[:, :, first : first + length] = tensor[:, :, first + length :]
+                tensor[:, :, first + length :] = 0
+        start = rotary_start(num_prefix, num_prefix, self.settings)
+        older = slice(num_prefix, num_prefix + length)
+        state.rotated[:, :, older] = rotate(state.keys[:, :, older], *self.call.rotary.range(start, start + length))
+        return replace(state, rows=[replace(row, window_start=row.window_start + length) for row in state.rows])
+
     def _consolidated(
         self, state: BankState, num_sinks: int, plan: Plan | None
-    ) -> tuple[Candidates, tuple[int, ...], Plan | None]:
-        """What stays of the entries before the window and of its older segment, the slots per level, and the plan."""
+    ) -> tuple[Entries, torch.Tensor, tuple[int, ...], Plan | None]:
+        """What stays of the entries before the window and of its older segment, see `consolidate`."""
         settings, num_prefix, row = self.settings, len(state.entries), state.rows[0]
         candidates_end = num_prefix + settings.segment_length
         usage = self.measure_usage(state)
@@ -435,9 +443,8 @@ class BankReader:
         used = USAGE_DECAY * state.entries.usage + (1 - USAGE_DECAY) * usage[:, :, :num_prefix]
         entries = Entries.cat(replace(state.entries, usage=used), entered)
         _, paired, quartered = row.slot_counts
-        keys, values = state.keys[:, :, :candidates_end], state.values[:, :, :candidates_end]
         return consolidate(
-            Candidates(entries, keys, values, state.queries, settings),
+            Candidates(entries, state.keys, state.values, state.queries, settings),
             (candidates_end - num_sinks - paired - quartered, paired, quartered),
             num_sinks,
             self.compress,
@@ -919,4 +926,5 @@ def _pinned(entries: Entries, rows: list[RowState]) -> torch.Tensor | None:
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    """Parts [R, H, T, ...] one after the other, laid out as [R, T, H, ...], as what reads them wants it."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)

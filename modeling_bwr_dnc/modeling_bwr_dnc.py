@@ -83,12 +83,15 @@ class BwrDncMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.hidden_act, self.act_fn = config.hidden_act, ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = self.act_fn(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
-        # These are the largest tensors of a layer; without gradients one less is made.
-        return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
+        # These are the largest tensors of a layer; without gradients as few as possible are made.
+        gate = self.gate_proj(hidden_states)
+        if not torch.is_grad_enabled():
+            gate = F.silu(gate, inplace=True) if self.hidden_act == "silu" else self.act_fn(gate)
+            return self.down_proj(gate.mul_(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(gate) * self.up_proj(hidden_states))
 
 
 class PreciseLinear(nn.Module):
@@ -104,8 +107,11 @@ class PreciseLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(inputs.dtype, torch.float32)
+        inputs, weight = inputs.to(dtype), self.weight.to(dtype)
+        if not torch.is_autocast_enabled(inputs.device.type):
+            return F.linear(inputs, weight)
         with torch.autocast(device_type=inputs.device.type, enabled=False):
-            return F.linear(inputs.to(dtype), self.weight.to(dtype))
+            return F.linear(inputs, weight)
 
 
 class Compressor(nn.Module):
@@ -125,25 +131,17 @@ class Compressor(nn.Module):
         self.value_residual = PreciseLinear(2 * width, width)
 
     def forward(
-        self,
-        older_keys: torch.Tensor,
-        older_values: torch.Tensor,
-        older_mass: torch.Tensor,
-        newer_keys: torch.Tensor,
-        newer_values: torch.Tensor,
-        newer_mass: torch.Tensor,
+        self, keys: torch.Tensor, values: torch.Tensor, mass: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, G, K, D] and masses [B, G, K] of K pairs; returns merged keys and values [B, G, K, D]."""
-        dtype = older_keys.dtype
+        """Keys and values [B, G, K, 2, D] and masses [B, G, K, 2] of K pairs; returns merged keys and values [B, G, K, D]."""
+        dtype = keys.dtype
         precise = torch.promote_types(dtype, torch.float32)
-        keys, values = torch.stack((older_keys, newer_keys), -2), torch.stack((older_values, newer_values), -2)
-        logits = torch.stack((older_mass, newer_mass), -1).clamp(min=1).to(precise).log()
+        logits = mass.clamp(min=1).to(precise).log()
         if self.is_learned:
             latent = self.latent_query.to(precise)[:, None, None] * keys.shape[-1] ** -0.5  # [G, 1, 1, D]
             logits = logits + (keys.to(precise) * latent).sum(-1)
-        older, newer = logits.softmax(-1)[..., None].to(dtype).unbind(-2)
-        merged_keys = older_keys * older + newer_keys * newer
-        merged_values = older_values * older + newer_values * newer
+        weights = logits.softmax(-1)[..., None].to(dtype)
+        merged_keys, merged_values = (keys * weights).sum(-2), (values * weights).sum(-2)
         if self.is_learned:
             merged_keys = merged_keys + self.key_residual(keys.flatten(-2)).to(dtype)
             merged_values = merged_values + self.value_residual(values.flatten(-2)).to(dtype)

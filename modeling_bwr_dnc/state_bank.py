@@ -374,9 +374,8 @@ class StateBankLayer(CacheLayerMixin):
         """Keep the state `before` a consolidation of `rows` (row i of it is row `rows[i]` of the batch)."""
         if len(self.journal) != batch_size:
             self.journal = [None] * batch_size
-        # The arrays are replaced by a consolidation, but stored queries are overwritten in place.
-        queries, complexity = before.queries.clone(), before.complexity.clone()
-        before = replace(before, rows=[replace(row) for row in before.rows], queries=queries, complexity=complexity)
+        # Consolidation uses a state up, and the next queries are written in place.
+        before = before.map(torch.Tensor.clone)
         for index, row in enumerate(rows):
             self.journal[row] = (before, index)
 

@@ -32,11 +32,12 @@ class CountElements(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
-        if func is torch.ops.aten.scatter_add_.default:
-            self.total += args[2].numel()
+        if func in (torch.ops.aten.scatter_add_.default, torch.ops.aten.index_add_.default):
+            # In place: what counts is what is added.
+            self.total += args[3].numel()
             return result
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
                 self.total += tensor.numel()
         return result
 
