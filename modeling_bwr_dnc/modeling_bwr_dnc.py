@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -91,7 +92,11 @@ class BwrDncMLP(nn.Module):
         if not torch.is_grad_enabled():
             gate = F.silu(gate, inplace=True) if self.hidden_act == "silu" else self.act_fn(gate)
             return self.down_proj(gate.mul_(self.up_proj(hidden_states)))
-        return self.down_proj(self.act_fn(gate) * self.up_proj(hidden_states))
+        # Two of them are computed again in the backward pass instead of kept.
+        return checkpoint(self._gated, gate, self.up_proj(hidden_states), use_reentrant=False)
+
+    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 class PreciseLinear(nn.Module):
