@@ -92,8 +92,10 @@ class BwrDncMLP(nn.Module):
         if not torch.is_grad_enabled():
             gate = F.silu(gate, inplace=True) if self.hidden_act == "silu" else self.act_fn(gate)
             return self.down_proj(gate.mul_(self.up_proj(hidden_states)))
-        # Two of them are computed again in the backward pass instead of kept.
-        return checkpoint(self._gated, gate, self.up_proj(hidden_states), use_reentrant=False)
+        # Two of them are computed again in the backward pass instead of kept. Adapters may put dropout there; without, nothing is random.
+        is_plain = isinstance(self.down_proj, nn.Linear)
+        up = self.up_proj(hidden_states)
+        return checkpoint(self._gated, gate, up, use_reentrant=False, preserve_rng_state=not is_plain)
 
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(gate) * up)

@@ -24,14 +24,14 @@ LOGITS_AT_ONCE = 256
 
 @torch.no_grad()
 def read_blocks(
-    model: PreTrainedModel, input_ids: torch.Tensor, block_length: int = BLOCK_LENGTH
+    model: PreTrainedModel, input_ids: torch.Tensor, block_length: int = BLOCK_LENGTH, cache: object = None
 ) -> Iterator[tuple[int, torch.Tensor, object]]:
     """
-    Read `input_ids` [B, T] block by block; gives where each block starts, its last hidden states [B, block, hidden], and the
-    cache after it.
+    Read `input_ids` [B, T] block by block, after what `cache` has read; gives where each block starts, its last hidden states
+    [B, block, hidden], and the cache after it.
     """
     model.eval()
-    decoder, name, cache = getattr(model, model.base_model_prefix), cache_name(model), None
+    decoder, name = getattr(model, model.base_model_prefix), cache_name(model)
     for start in range(0, input_ids.shape[1], block_length):
         block = input_ids[:, start : start + block_length].to(model.device)
         outputs = decoder(input_ids=block, **{name: cache}, use_cache=True, **_without_attention(model, start, block))

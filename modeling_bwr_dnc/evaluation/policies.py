@@ -15,9 +15,12 @@ CONTROLS = {
     "equal_slot_window": "sinks and a longer window: all slots raw, filled with the most recent tokens",
     "random": "equal slots and levels, evicted at random",
 }
+# Only where the answers' places are known: in measuring facts.
+PINNED = "pinned"
 POLICIES = (
     CONTROLS
     | {
+        PINNED: "the model as it is, with the facts pinned: what could be answered if nothing asked for were ever lost",
         "three_levels": "as many slots, shared out among the raw, 2x and 4x compressed level in the proportion 4:2:1",
     }
     | {f"score:{score}": f"equal slots and levels, evicted by {score.replace('_', ' ')}" for score in RETENTION_SCORES}
@@ -45,6 +48,10 @@ def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
     if policy == "three_levels":
         unit, rest = divmod(sum(config.memory_slots), 7)
         return {"memory_slots": [4 * unit + rest, 2 * unit, unit]}
+    if policy == PINNED:
+        raise ValueError(
+            f"the policy {PINNED!r} needs to know where answers stand; measure `facts` with it, or another policy"
+        )
     if policy in POLICIES:
         return {"retention_score": policy.removeprefix("score:")}
     raise ValueError(f"the policy is {policy!r}, but must be one of {', '.join(POLICIES)}")

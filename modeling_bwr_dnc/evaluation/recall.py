@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..retrofit.facts import Fact, hide_facts, sentence_ends
 from .measuring import read_blocks, read_losses
 from .metrics.answer_accuracy.answer_accuracy import answer_accuracy
-from .policies import policy_settings, settings_changed
+from .policies import PINNED, policy_settings, settings_changed
 
 CHOICES = {
     "name": "Thorvald Gunnarsson,Priscilla Applegate,Mbali Dlamini,Ferdinand Oyelaran,Svetlana Morozova,Aiko Shimizu".split(
@@ -68,9 +69,10 @@ def unseen_facts(draw: random.Random) -> list[Fact]:
 
 def text_to_recall(
     tokenizer: PreTrainedTokenizerBase, token_ids: list[int], length: int, draw: random.Random
-) -> tuple[list[int], list[Fact]]:
+) -> tuple[list[int], list[bool], list[Fact]]:
     """
-    About `length` tokens of a text from a random place on, with a fact of every kind spread over it, and the facts in order.
+    About `length` tokens of a text from a random place on, with a fact of every kind spread over it; which of the tokens are a
+    fact's; and the facts in order.
 
     Raises:
         ValueError: if the text is too short, or the length has no room for the facts.
@@ -91,7 +93,7 @@ def text_to_recall(
         depth = (index + draw.random()) / len(facts) * room
         free = [end for end in ends if end not in places] or [room - index]
         places[min(free, key=lambda end: abs(end - depth))] = fact
-    return hide_facts(tokenizer, hay, places)[0], [places[place] for place in sorted(places)]
+    return *hide_facts(tokenizer, hay, places), [places[place] for place in sorted(places)]
 
 
 Answers = list[tuple[list[int], list[int]]]
@@ -117,6 +119,7 @@ def recalled(
     token_ids: list[int],
     facts: Sequence[Fact],
     with_losses: bool = True,
+    pinned: Sequence[bool] | None = None,
 ) -> Recalled:
     """
     Read a text once, then put the question of every fact to a copy of the memory. What is said are the most likely ids of the
@@ -124,6 +127,7 @@ def recalled(
 
     Args:
         with_losses: losses are wanted; they take the whole head, for every token.
+        pinned: tokens that the memory never gives up, whatever its policy; not together with losses.
     """
     losses, text = [torch.empty(0)], torch.tensor([token_ids])
     if with_losses:
@@ -131,8 +135,7 @@ def recalled(
             losses.append(block_losses[0])
             cache = memory
     else:
-        for _, _, memory in read_blocks(model, text):
-            cache = memory
+        cache = memory_of(model, text, pinned)
     answers = []
     for fact in facts:
         question = tokenizer(fact.prompt, add_special_tokens=False).input_ids
@@ -141,6 +144,26 @@ def recalled(
         logits = model(asked, past_key_values=cache.clone(), use_cache=True).logits[0, len(question) - 1 : -1]
         answers.append((logits.argmax(-1).tolist(), answer))
     return Recalled(answers, torch.cat(losses), cache.nbytes)
+
+
+def memory_of(model: PreTrainedModel, text: torch.Tensor, pinned: Sequence[bool] | None = None):
+    """What a model keeps of `text` [1, T]; tokens that are `pinned` it never gives up."""
+    cache = None
+    if pinned is not None:
+        # Spans can be pinned before they are read, but not before anything is.
+        cache = model(text[:, :1].to(model.device), use_cache=True).past_key_values
+        for start, stop in _runs(pinned):
+            cache.pin(start, stop)
+        text = text[:, 1:]
+    for _, _, memory in read_blocks(model, text, cache=cache):
+        cache = memory
+    return cache
+
+
+def _runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
+    """Where marked stretches begin and end."""
+    edges = [i for i, (before, mark) in enumerate(pairwise([False, *marks, False])) if before != mark]
+    return list(zip(edges[::2], edges[1::2]))
 
 
 def read_texts(
@@ -153,12 +176,13 @@ def read_texts(
     seed: int,
     with_losses: bool,
 ) -> list[Recalled]:
-    """What a model makes of `num_texts` texts of `length` tokens under a policy."""
+    """What a model makes of `num_texts` texts of `length` tokens under a policy; `PINNED` is known too, without losses."""
     found = []
-    with settings_changed(model, **policy_settings(model, policy, length)):
+    with settings_changed(model, **({} if policy == PINNED else policy_settings(model, policy, length))):
         for number in range(num_texts):
-            text, facts = text_to_recall(tokenizer, token_ids, length, random.Random(f"{seed} {number}"))
-            found.append(recalled(model, tokenizer, text, facts, with_losses))
+            text, is_fact, facts = text_to_recall(tokenizer, token_ids, length, random.Random(f"{seed} {number}"))
+            pinned = is_fact if policy == PINNED else None
+            found.append(recalled(model, tokenizer, text, facts, with_losses, pinned))
     return found
 
 

@@ -240,6 +240,24 @@ model.save_pretrained("again")
         assert torch.equal(loaded(ids).logits, torch.load(tmp_path / "expected.pt")["logits"])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_an_mlp_computes_again_is_what_it_computed(model, dropout):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, lora_dropout=dropout, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings).train()
+    mlp = adapted.get_decoder().layers[0].mlp
+    inputs = torch.randn(1, 9, model.config.hidden_size, dtype=model.dtype)
+
+    def gradients(output):
+        return torch.autograd.grad(output.square().sum(), [p for p in mlp.parameters() if p.requires_grad])
+
+    torch.manual_seed(1)
+    again = gradients(mlp(inputs))
+    torch.manual_seed(1)
+    kept = gradients(mlp._gated(mlp.gate_proj(inputs), mlp.up_proj(inputs)))
+    torch.testing.assert_close(again, kept, rtol=0, atol=0)
+
+
 def test_lora_needs_no_target_names_and_leaves_the_memory_alone(model):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False))

@@ -9,7 +9,7 @@ import torch
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.conversion.memory_adapter import load_memory_adapter, save_memory_adapter
 from modeling_bwr_dnc.evaluation.measuring import read_blocks, token_losses
-from modeling_bwr_dnc.evaluation.recall import recalled, text_to_recall
+from modeling_bwr_dnc.evaluation.recall import measure_recall, memory_of, recalled, text_to_recall
 from modeling_bwr_dnc.retrofit import fit_salience
 from modeling_bwr_dnc.retrofit.salience import Moments, discriminant, text_with_facts
 from tests.modeling_bwr_dnc.builders import tiny_config
@@ -88,7 +88,7 @@ def test_an_adapter_brings_salience_and_its_settings(model, tokenizer, manual, t
 
 
 def test_questions_leave_no_trace_in_each_other(model, tokenizer, manual):
-    ids, facts = text_to_recall(tokenizer, manual, 700, random.Random(0))
+    ids, _, facts = text_to_recall(tokenizer, manual, 700, random.Random(0))
     together = recalled(model, tokenizer, ids, facts)
     alone = recalled(model, tokenizer, ids, facts[-1:])
     assert together.answers[-1:] == alone.answers
@@ -96,6 +96,29 @@ def test_questions_leave_no_trace_in_each_other(model, tokenizer, manual):
     assert together.loss_from(300) == pytest.approx(together.losses[300:].mean().item())
     assert together.state_bytes == alone.state_bytes > 0
     assert [tokenizer.decode(answer) for _, answer in together.answers] == [" " + fact.answer for fact in facts]
+
+
+def test_pinned_facts_are_held_whole(model, tokenizer, manual):
+    ids, is_fact, facts = text_to_recall(tokenizer, manual, 1500, random.Random(0))
+    model.config.memory_slots = [2 * sum(is_fact), 0, 0]
+    wanted = {position for position, mine in enumerate(is_fact) if mine}
+
+    def held(pinned) -> list[set[int]]:
+        cache = memory_of(model, torch.tensor([ids]), pinned)
+        window_start = (
+            len(ids) // model.config.segment_length * model.config.segment_length - model.config.segment_length
+        )
+        heads: dict[tuple, set[int]] = {}
+        for slot in cache.tokens():
+            heads.setdefault((slot["layer"], slot["head"]), set(range(window_start, len(ids)))).update(
+                slot["positions"]
+            )
+        return list(heads.values())
+
+    assert all(wanted <= positions for positions in held(is_fact))
+    assert not any(wanted <= positions for positions in held(None))
+    (record,) = {r["policy"] for r in measure_recall(model, tokenizer, manual, ["pinned"], [1500], 1)}
+    assert record == "pinned"
 
 
 def test_nothing_to_learn_from_is_refused(model, tokenizer):
