@@ -223,11 +223,11 @@ class SinkWindowAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        if config.use_qk_norm:
-            self.q_norm = BwrDncRMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = BwrDncRMSNorm(self.head_dim, config.rms_norm_eps)
-        if config.short_conv_kernel:
-            self.short_conv = ShortConvolution(config)
+        # Asking a config takes microseconds, and a token has many layers.
+        self.num_heads, self.num_groups = config.num_attention_heads, config.num_key_value_heads
+        self.q_norm = BwrDncRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        self.k_norm = BwrDncRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        self.short_conv = ShortConvolution(config) if config.short_conv_kernel else None
 
     def forward(
         self,
@@ -252,7 +252,7 @@ class SinkWindowAttention(nn.Module):
             with torch.no_grad():
                 state = refreshed(replace(state, settings=settings), call.rotary)
         conv_inputs = {}
-        if self.config.short_conv_kernel:
+        if self.short_conv is not None:
             hidden_states, conv_inputs = self.short_conv(hidden_states, call, state)
         projected = self._project(hidden_states)
         shows_columns = call.key_columns is not None and all(
@@ -340,7 +340,7 @@ class SinkWindowAttention(nn.Module):
         queries = self.q_proj(hidden_states).view(heads)
         keys = self.k_proj(hidden_states).view(heads)
         values = self.v_proj(hidden_states).view(heads)
-        if self.config.use_qk_norm:
+        if self.q_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         return queries, keys, values, *self._memory_logits(hidden_states)
 
@@ -350,8 +350,8 @@ class SinkWindowAttention(nn.Module):
             "dtype": torch.promote_types(hidden_states.dtype, torch.float32),
             "device": hidden_states.device,
         }
-        salience = torch.zeros(*shape, self.config.num_key_value_heads, **options)
-        return salience, torch.full((*shape, self.config.num_attention_heads), COMPLEXITY_SHIFT, **options)
+        salience = torch.zeros(*shape, self.num_groups, **options)
+        return salience, torch.full((*shape, self.num_heads), COMPLEXITY_SHIFT, **options)
 
 
 class StateBankAttention(SinkWindowAttention):
