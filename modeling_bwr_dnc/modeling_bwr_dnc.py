@@ -86,12 +86,15 @@ class BwrDncMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.hidden_act, self.act_fn = config.hidden_act, ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, is_checkpointed: bool = False) -> torch.Tensor:
+        """`is_checkpointed`: the whole layer is computed again in the backward pass, and keeps nothing before."""
         # These are the largest tensors of a layer; without gradients as few as possible are made.
         gate = self.gate_proj(hidden_states)
         if not torch.is_grad_enabled():
             gate = F.silu(gate, inplace=True) if self.hidden_act == "silu" else self.act_fn(gate)
             return self.down_proj(gate.mul_(self.up_proj(hidden_states)))
+        if is_checkpointed:
+            return self.down_proj(self.act_fn(gate) * self.up_proj(hidden_states))
         # Two of them are computed again in the backward pass instead of kept. Adapters may put dropout there; without, nothing is random.
         is_plain = isinstance(self.down_proj, nn.Linear)
         up = self.up_proj(hidden_states)
@@ -410,8 +413,8 @@ class BwrDncDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, BankState | None]:
         attended, _, state = self.self_attn(self.input_layernorm(hidden_states), call, state, layer)
         hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
-        return hidden_states, state
+        mixed = self.mlp(self.post_attention_layernorm(hidden_states), self.gradient_checkpointing and self.training)
+        return hidden_states + self.dropout(mixed), state
 
 
 class BwrDncRotaryEmbedding(LlamaRotaryEmbedding):

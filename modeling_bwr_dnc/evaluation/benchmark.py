@@ -307,6 +307,9 @@ class Benchmark:
                 self._skip(what, name, length, batch_size, reason, note)
             else:
                 names.append(name)
+                if what == "memory":
+                    # One after the other, not in turns.
+                    left -= expected
         return names
 
     def _skip(self, what: str, name: str, length: int, batch_size: int, reason: str, note: str = "") -> None:
