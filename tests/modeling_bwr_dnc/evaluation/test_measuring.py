@@ -16,7 +16,7 @@ from modeling_bwr_dnc.evaluation.measuring import (
     task_accuracy,
     token_losses,
 )
-from modeling_bwr_dnc.evaluation.policies import CONTROLS, POLICIES, policy_settings, settings_changed
+from modeling_bwr_dnc.evaluation.policies import CONTROLS, PINNED, POLICIES, policy_settings, settings_changed
 from modeling_bwr_dnc.tasks import IGNORED, Copy, Lookup, Needle
 
 
@@ -123,10 +123,13 @@ def test_settings_come_back_after_an_error(model):
 
 
 def test_every_policy_runs_and_an_unknown_one_is_refused(model, input_ids):
-    losses = {policy: measure_loss(model, input_ids, [policy], [0])[0]["loss"] for policy in POLICIES}
+    policies = [policy for policy in POLICIES if policy != PINNED]
+    losses = {policy: measure_loss(model, input_ids, [policy], [0])[0]["loss"] for policy in policies}
     assert len({round(loss, 6) for name, loss in losses.items() if name in CONTROLS}) == len(CONTROLS)
     with pytest.raises(ValueError, match="the policy is 'best'"):
         policy_settings(model, "best", 10)
+    with pytest.raises(ValueError, match="where answers stand"):
+        measure_loss(model, input_ids, [PINNED], [0])
 
 
 def test_measurements_have_a_record_per_point(model, input_ids):
