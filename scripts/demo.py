@@ -48,8 +48,10 @@ RESUMED_PROMPT = "\n\nIn Python, a list"
 STRANGER = """
 import sys
 sys.modules["modeling_bwr_dnc"] = None
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+torch.set_grad_enabled(False)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 sample = load_file(sys.argv[2])
 difference = (model(sample["ids"]).logits - sample["logits"]).abs().max().item()

@@ -21,9 +21,6 @@ LAYER_KINDS = {"bank": "state_bank_attention", "window": "sink_window_attention"
 # Largest logit difference that counts as equal. Transformers' Llama norms and angles stay in float32 in a float64 model.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-4}
 
-# Raw slots of a converted model, unless told otherwise.
-CONVERTED_SLOTS = 768
-
 _SHARED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -123,8 +120,7 @@ def converted_config(
     """The BWR-DNC config that computes what `source` computes, until the bank overflows.
 
     Args:
-        segment_length, num_sink_tokens, memory_slots: the memory budget; `None` takes the default of `BwrDncConfig`, for the slots
-            768 raw ones, or as many as fit the source's positions: compressed ones were measured to buy a converted model nothing.
+        segment_length, num_sink_tokens, memory_slots: the memory budget; `None` takes the default of `BwrDncConfig`.
         layer_types: pattern of "bank" and "window", repeated over the layers; `None` makes every layer a bank layer.
         allow_sliding_window: convert a source whose own sliding window is shorter than `lossless_length`; the result
             sees more than its source does and equals it only within that window.
@@ -141,8 +137,6 @@ def converted_config(
     if layer_types is not None:
         fields["layer_types"] = parse_layer_types(layer_types, source.num_hidden_layers)
     config = BwrDncConfig(**fields)
-    if memory_slots is None:
-        config.memory_slots = [min(CONVERTED_SLOTS, sum(config.memory_slots)), 0, 0]
 
     window = source_window(source)
     if window is not None and window < config.lossless_length and not allow_sliding_window:

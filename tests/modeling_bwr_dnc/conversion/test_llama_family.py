@@ -148,17 +148,6 @@ def test_budget_beyond_the_trained_positions_is_refused():
         converted_config(CONFIGS["llama"], segment_length=64, memory_slots=[512, 0, 0])
 
 
-@pytest.mark.parametrize(("positions", "slots"), [(2048, 768), (256, None)])
-def test_slots_are_raw_unless_told_otherwise(positions, slots):
-    source = copy.deepcopy(CONFIGS["llama"])
-    source.max_position_embeddings = positions
-    config = converted_config(source)
-    raw, *compressed = config.memory_slots
-    assert raw > 0 and compressed == [0, 0] and slots in (raw, None)
-    assert config.num_sink_tokens + raw + 2 * config.segment_length <= positions
-    assert converted_config(source, memory_slots=[16, 8, 4]).memory_slots == [16, 8, 4]
-
-
 def test_layer_pattern_repeats():
     window, bank = "sink_window_attention", "state_bank_attention"
     assert parse_layer_types("window, window,bank", 5) == [window, window, bank, window, window]
