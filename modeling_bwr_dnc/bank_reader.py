@@ -419,7 +419,6 @@ class BankReader:
         for tensor, first in (
             (state.keys, num_prefix),
             (state.values, num_prefix),
-            (state.rotated, num_prefix),
             (state.holes, num_prefix),
             (state.window_salience, 0),
             (state.window_ids[:, None], 0),
@@ -428,8 +427,8 @@ class BankReader:
                 tensor[:, :, first : first + length] = tensor[:, :, first + length :]
                 tensor[:, :, first + length :] = 0
         start = rotary_start(num_prefix, num_prefix, self.settings)
-        older = slice(num_prefix, num_prefix + length)
-        state.rotated[:, :, older] = rotate(state.keys[:, :, older], *self.call.rotary.range(start, start + length))
+        angles = self.call.rotary.range(start, start + 2 * length)
+        state.rotated[:, :, num_prefix:] = rotate(state.keys[:, :, num_prefix:], *angles)
         return replace(state, rows=[replace(row, window_start=row.window_start + length) for row in state.rows])
 
     def _consolidated(

@@ -37,7 +37,7 @@ def test_sentences_end_where_a_reader_says_so(tokenizer):
 
 @given(some.integers(0, 10_000), some.integers(400, 3000))
 def test_a_text_to_recall_has_its_length_and_every_fact_once(tokenizer, manual, seed, length):
-    ids, is_fact, facts = text_to_recall(tokenizer, manual, length, random.Random(seed))
+    ids, _, facts = text_to_recall(tokenizer, manual, length, random.Random(seed))
     text = tokenizer.decode(ids)
     assert len(ids) == length and len(facts) == len(KINDS)
     starts = [text.find(fact.sentence) for fact in facts]
