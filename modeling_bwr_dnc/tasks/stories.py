@@ -85,6 +85,7 @@ class Story(Task):
     Args:
         hops: kind of the story, which is also the number of sentences that an answer rests on, at least.
         num_facts: sentences.
+        num_queries: different questions at the end, each with its answer behind it.
         vocab_size: words, and then noise.
 
     >>> print(Story(length=20, hops=1, num_facts=3).example())
@@ -96,6 +97,7 @@ class Story(Task):
     vocab_size: int = 160
     hops: int = 1
     num_facts: int | None = None
+    num_queries: int = 1
 
     def __post_init__(self):
         require(
@@ -105,12 +107,20 @@ class Story(Task):
             f"be more than {FIRST_NOISE + 1}, words and noise",
         )
         require(self.hops in (1, 2, 3), "hops", self.hops, "be 1, 2 or 3")
-        room, count = (self.length - self._question_length) // 4, self._num_facts
+        room, count = (self.length - self.num_queries * self._question_length) // 4, self._num_facts
         require(
             self.hops <= count <= room,
             "num_facts",
             count,
             f"be from {self.hops} to {room}, four tokens each; or use longer rows",
+        )
+        # So few that a story told at random most often has as many questions.
+        most = max(1, min(count // (2 * self.hops), len(ACTORS) // 2))
+        require(
+            1 <= self.num_queries <= most,
+            "num_queries",
+            self.num_queries,
+            f"be from 1 to {most} after {count} sentences; or raise num_facts",
         )
 
     @property
@@ -122,14 +132,15 @@ class Story(Task):
         return 6 if self.hops == 3 else 4
 
     def compose(self, random: np.random.Generator) -> tuple[list[int], list[int]]:
-        sentences, question, answer = self._tell(random)
+        sentences, asked = self._tell(random)
         items = [[IDS[word] for word in (*sentence, ".")] for sentence in sentences]
-        asked = [IDS[word] for word in (*question, answer)]
-        noise = random.integers(FIRST_NOISE, self.vocab_size, self.length - 4 * len(items) - len(asked)).tolist()
-        input_ids = scatter(random, items, noise) + asked
-        return input_ids, chosen_labels(input_ids, [self.length - 1])
+        end = [IDS[word] for question, answer in asked for word in (*question, answer)]
+        noise = random.integers(FIRST_NOISE, self.vocab_size, self.length - 4 * len(items) - len(end)).tolist()
+        input_ids = scatter(random, items, noise) + end
+        first = self.length - len(end) + self._question_length - 1
+        return input_ids, chosen_labels(input_ids, range(first, self.length, self._question_length))
 
-    def _tell(self, random: np.random.Generator) -> tuple[list[tuple[str, str, str]], list[str], str]:
+    def _tell(self, random: np.random.Generator) -> tuple[list[tuple[str, str, str]], list[tuple[list[str], str]]]:
         while True:
             world, sentences = World(), []
             for _ in range(self._num_facts):
@@ -144,11 +155,11 @@ class Story(Task):
                     events = [event for event in events if event[0] in carrying]
                 sentences.append(events[random.integers(len(events))])
                 world.tell(*sentences[-1])
-            # A story without an answer is told anew.
+            # A story with too few answers is told anew.
             questions = world.questions(self.hops)
-            if questions:
-                question, answer = questions[random.integers(len(questions))]
-                return sentences, question, answer
+            if len(questions) >= self.num_queries:
+                chosen = random.choice(len(questions), self.num_queries, replace=False)
+                return sentences, [questions[i] for i in chosen]
 
     def oracle(self, prefix: Sequence[int]) -> int:
         words = [self._word(token) for token in prefix if FIRST_SYMBOL <= token < FIRST_NOISE]
@@ -156,7 +167,7 @@ class Story(Task):
         world = World()
         for sentence in _sentences(told):
             world.tell(*sentence)
-        question = words[words.index("where") :]
+        question = words[len(words) - self._question_length + 1 :]
         return IDS[{tuple(asked): answer for asked, answer in world.questions(self.hops)}[tuple(question)]]
 
     def render(self, input_ids: Sequence[int]) -> str:
