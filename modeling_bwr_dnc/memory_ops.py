@@ -217,16 +217,33 @@ def prefix_positions(num_prefix: int, settings: BankSettings, device: torch.devi
     return ranks if settings.memory_position == "rank" else ranks.clamp(max=settings.num_sink_tokens)
 
 
+class Rotation(torch.autograd.Function):
+    """
+    `rotate`. Its derivative is the rotation back, for which only the angles are kept; written out as products and sums it would make
+    five tensors as large as the states, each way.
+    """
+
+    @staticmethod
+    def forward(ctx, states, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        half = states.shape[-1] // 2
+        rotated = states * cos
+        rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+        rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+        return rotated
+
+    @staticmethod
+    def backward(ctx, gradient):
+        cos, sin = ctx.saved_tensors
+        return Rotation.apply(gradient, cos, -sin), None, None
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (Su et al., 2021) in the half-split layout of Llama; cos and sin end in [..., D]."""
-    if torch.is_grad_enabled():
-        first, second = states.chunk(2, dim=-1)
-        return states * cos + torch.cat((-second, first), dim=-1) * sin
-    half = states.shape[-1] // 2
-    rotated = states * cos
-    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
-    return rotated
+    """
+    Rotary position embedding (Su et al., 2021) in the half-split layout of Llama; cos and sin end in [..., D], and their two
+    halves are equal.
+    """
+    return Rotation.apply(states, cos, sin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
