@@ -53,12 +53,12 @@ from .state_bank import (
     check_matches_config,
     extend_history,
 )
-from .token_loss import IGNORED, is_plain_head, losses_and_logits
+from .token_loss import IGNORED, is_plain_head, summed_cross_entropy
 
 # Tokens read at a time from a long input of which only the last logits are wanted.
 READ_BLOCK_LENGTH = 1024
 # Tokens whose logits the loss looks at together.
-LOSS_CHUNK = 512
+LOSS_CHUNK = 256
 
 
 class BwrDncRMSNorm(nn.Module):
@@ -805,8 +805,7 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many tokens (0: all), or of the positions in a tensor.
             read_block_length: without gradients, and with `logits_to_keep` > 0, a longer input is read in blocks of so many
                 tokens, in memory that does not grow with its length.
-            skip_logits: with `labels`, leave `logits` of the output None: only those of a few hundred tokens exist at a time,
-                once more in the backward pass.
+            skip_logits: with `labels`, leave `logits` of the output None: only those of a few hundred tokens exist at a time.
         """
         if skip_logits and labels is None:
             raise ValueError("`skip_logits` leaves only the loss, which needs `labels`; pass them, or leave it False.")
@@ -862,9 +861,9 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
     def _loss_and_logits(self, hidden_states, labels, skip_logits: bool, num_items_in_batch):
         """What the library's loss gives, without its further copies of all logits."""
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(hidden_states.device)
-        losses, logits = losses_and_logits(hidden_states, self.lm_head.weight, labels, LOSS_CHUNK, not skip_logits)
+        total, logits = summed_cross_entropy(hidden_states, self.lm_head.weight, labels, LOSS_CHUNK, not skip_logits)
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return losses.sum() / (count.to(losses.device) if isinstance(count, torch.Tensor) else count), logits
+        return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count), logits
 
     def _read_in_blocks(self, inputs: dict, num_tokens: int, block_length: int, num_kept: int, options: dict):
         """Read a long input block by block; the outputs of the last, with the last `num_kept` hidden states."""

@@ -41,7 +41,7 @@ from modeling_bwr_dnc.evaluation.peers import (
     forward_flops,
 )
 from modeling_bwr_dnc.training.allocator import trim_freed_memory
-from modeling_bwr_dnc.training.token_loss import head_gives_losses
+from modeling_bwr_dnc.training.token_loss import head_gives_loss
 
 # Lengths measured by default.
 TRAINING_LENGTHS = (512, 2048, 8192)
@@ -123,8 +123,8 @@ def training_step(
     model.train()
     if loss_kind == "chunked":
         labels = F.pad(ids[:, 1:], (0, 1), value=-100)
-        with head_gives_losses(model.get_output_embeddings(), labels, chunk_length=256):
-            loss = model(ids, use_cache=False).logits.mean()
+        with head_gives_loss(model.get_output_embeddings(), labels, chunk_length=256):
+            loss = model(ids, use_cache=False).logits / labels.numel()
     else:
         loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -184,6 +184,8 @@ def memory_of_training(settings: Settings, name: str, length: int, loss_kind: st
     if uses_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids, optimizer = settings.token_ids(1, length), new_optimizer(model, settings.optimizer)
+    # A step on a few tokens first: an optimizer makes its state in its first step, after what would have been the peak.
+    training_step(model, ids[:, :WARM_UP_LENGTH], loss_kind, optimizer)
     seconds = settings.timed(lambda: training_step(model, ids, loss_kind, optimizer))
     return {"seconds": seconds, "peak_bytes": machine.peak_memory(settings.device)}
 

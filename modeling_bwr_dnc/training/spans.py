@@ -12,7 +12,7 @@ from torch import nn
 
 from ..state_bank import StateBankCache
 from ..token_loss import IGNORED
-from .token_loss import head_gives_losses
+from .token_loss import head_gives_loss
 
 PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
@@ -52,10 +52,10 @@ def read_in_spans(
         stop = min(start + span_length, num_tokens)
         span = {name: value[:, start:stop] if name in PER_TOKEN else value for name, value in inputs.items()}
         use_cache = keeps_state or stop < num_tokens
-        with head_gives_losses(head, targets[:, start:stop], loss_chunk_length):
+        with head_gives_loss(head, targets[:, start:stop], loss_chunk_length):
             outputs = model(**span, **options, past_key_values=cache, use_cache=use_cache)
         cache = outputs.past_key_values
-        yield outputs.logits.sum(), cache
+        yield outputs.logits, cache
 
 
 def output_head(model: nn.Module) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""The language-model head as a part that gives losses, so that a model's own forward pass never holds all logits."""
+"""The language-model head as a part that gives the loss, so that a model's own forward pass never holds all logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,21 +6,22 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..token_loss import linear_cross_entropy
+from ..token_loss import summed_cross_entropy
 
 
 @contextmanager
-def head_gives_losses(head: nn.Linear, labels: torch.Tensor, chunk_length: int) -> Iterator[None]:
+def head_gives_loss(head: nn.Linear, labels: torch.Tensor, chunk_length: int) -> Iterator[None]:
     """
-    While this lasts, the language-model head turns hidden states [B, T, W] into token losses [B, T] for `labels` [B, T].
+    While this lasts, the language-model head turns hidden states [B, T, W] into the sum of their token losses for `labels`
+    [B, T], which the model's output has as its `logits`.
 
     So the loss is part of the model's own forward pass, which wrappers (DDP, fully sharded, PEFT) rely on.
     """
 
-    def losses(hidden_states):
-        return linear_cross_entropy(hidden_states, head.weight, labels, chunk_length)
+    def loss(hidden_states):
+        return summed_cross_entropy(hidden_states, head.weight, labels, chunk_length)[0]
 
-    head.forward = losses
+    head.forward = loss
     try:
         yield
     finally:

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modeling_bwr_dnc.token_loss import linear_cross_entropy
-from modeling_bwr_dnc.training.token_loss import head_gives_losses
+from modeling_bwr_dnc.token_loss import summed_cross_entropy
+from modeling_bwr_dnc.training.token_loss import head_gives_loss
 
 
 @pytest.fixture
@@ -18,20 +18,36 @@ def problem():
 
 
 @pytest.mark.parametrize("chunk_length", [1, 4, 22, 100])
-def test_loss_and_gradients_equal_the_plain_ones(problem, chunk_length):
+@pytest.mark.parametrize("keeps_logits", [False, True])
+def test_loss_and_gradients_equal_the_plain_ones(problem, chunk_length, keeps_logits):
     hidden, weight, labels = problem
-    factors = torch.linspace(0.5, 2, labels.numel(), dtype=torch.float64).view_as(labels)
-    plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    expected = torch.autograd.grad((plain * factors).sum(), (hidden, weight))
-    chunked = linear_cross_entropy(hidden, weight, labels, chunk_length)
+    plain_logits = hidden @ weight.T
+    plain = F.cross_entropy(plain_logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    chunked, logits = summed_cross_entropy(hidden, weight, labels, chunk_length, keeps_logits)
     torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=1e-12)
-    gradients = torch.autograd.grad((chunked * factors).sum(), (hidden, weight))
-    torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=1e-12)
+    wholes = [(3.0 * plain, 3.0 * chunked)]
+    if keeps_logits:
+        torch.testing.assert_close(logits, plain_logits, rtol=1e-12, atol=1e-12)
+        # As distillation does, on top of the loss or alone.
+        wholes += [(plain + plain_logits.sin().sum(), chunked + logits.sin().sum())]
+        wholes += [(plain_logits.sin().sum(), logits.sin().sum())]
+    for expected, found in wholes:
+        expected = torch.autograd.grad(expected, (hidden, weight), retain_graph=True)
+        found = torch.autograd.grad(found, (hidden, weight), retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_kept_without_gradients(problem):
+    hidden, weight, labels = problem
+    with torch.no_grad():
+        loss, _ = summed_cross_entropy(hidden, weight, labels, 4)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, summed_cross_entropy(hidden, weight, labels, 4)[0].detach())
 
 
 def test_only_what_needs_a_gradient_gets_one(problem):
     hidden, weight, labels = problem
-    loss = linear_cross_entropy(hidden, weight.detach(), labels, 4).sum()
+    loss, _ = summed_cross_entropy(hidden, weight.detach(), labels, 4)
     loss.backward()
     assert hidden.grad is not None and weight.grad is None
 
@@ -44,12 +60,12 @@ def test_logits_never_exist_as_a_whole(problem):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
-            if function is torch.ops.aten.mm.default and result.shape[-1] == 17:
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out) and result.shape[-1] == 17:
                 largest = max(largest, result.numel())
             return result
 
     with Watch():
-        linear_cross_entropy(hidden, weight, labels, 4).sum().backward()
+        summed_cross_entropy(hidden, weight, labels, 4)[0].backward()
     assert 0 < largest <= 4 * 17
 
 
@@ -57,9 +73,9 @@ def test_autocast_computes_the_softmax_in_float32(problem):
     hidden, weight, labels = (tensor.detach() for tensor in problem)
     hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(hidden, weight, labels, 4)
-    loss.sum().backward()
-    plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        loss, _ = summed_cross_entropy(hidden, weight, labels, 4)
+    loss.backward()
+    plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
     assert loss.dtype == torch.float32 and hidden.grad.dtype == torch.float32
     torch.testing.assert_close(loss, plain, rtol=0.05, atol=0.05)
 
@@ -67,7 +83,7 @@ def test_autocast_computes_the_softmax_in_float32(problem):
 def test_the_head_is_itself_again_afterwards():
     head = torch.nn.Linear(8, 17, bias=False)
     hidden, labels = torch.randn(1, 3, 8), torch.zeros(1, 3, dtype=torch.int64)
-    with pytest.raises(RuntimeError), head_gives_losses(head, labels, 2):
-        assert head(hidden).shape == (1, 3)
+    with pytest.raises(RuntimeError), head_gives_loss(head, labels, 2):
+        assert head(hidden).shape == ()
         raise RuntimeError
     assert head(hidden).shape == (1, 3, 17)
