@@ -27,6 +27,7 @@ from .memory_ops import (
     Compress,
     Entries,
     Plan,
+    add_entries,
     additive_bias,
     attend,
     attention_weights,
@@ -40,7 +41,6 @@ from .memory_ops import (
     rotary_start,
     rotate,
     route_gates,
-    row_numbers,
     salience_bias,
     take_entries,
 )
@@ -290,11 +290,7 @@ class _TakeEntries(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         if ctx.total.value is None:
             ctx.total.value = gradient.new_zeros(ctx.shape)
-        if gradient.dim() == 3:
-            ctx.total.value.scatter_add_(2, index, gradient)
-        else:
-            rows = ctx.total.value.flatten(0, 2)
-            rows.index_add_(0, row_numbers(ctx.total.value, index), gradient.flatten(0, 2))
+        add_entries(ctx.total.value, index, gradient)
         return None, None, None
 
 

@@ -131,6 +131,14 @@ def put_entries(tensor: torch.Tensor, index: torch.Tensor, values: torch.Tensor)
         )
 
 
+def add_entries(tensor: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+    """Add `values`, of the shape that `take_entries` gives, to the entries of a contiguous [B, G, N, ...] at `index`, repeats included."""
+    if tensor.dim() == 3:
+        tensor.scatter_add_(2, index.flatten(2), values.flatten(2))
+    else:
+        tensor.flatten(0, 2).index_add_(0, row_numbers(tensor, index.flatten(2)), values.flatten(0, -2))
+
+
 def row_numbers(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Where entries at `index` [B, G, K] of [B, G, N, ...] are in its flattened form [B * G * N, ...]."""
     batch_size, num_groups, length = tensor.shape[:3]

@@ -3,7 +3,7 @@ import torch
 from builders import overflowing_length, read, tiny_config, tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_bwr_dnc import bank_reader
+from modeling_bwr_dnc import bank_reader, modeling_bwr_dnc
 from modeling_bwr_dnc.bank_reader import SharedGather
 from modeling_bwr_dnc.memory_ops import take_entries
 
@@ -46,6 +46,8 @@ class CountElements(TorchDispatchMode):
 def test_a_training_step_costs_the_same_for_every_further_token(layer_type, monkeypatch):
     monkeypatch.setattr(bank_reader, "READ_TOGETHER", 1)
     config = tiny_config(num_hidden_layers=1, layer_types=[layer_type])
+    # As many tokens in every chunk of the loss, at all lengths.
+    monkeypatch.setattr(modeling_bwr_dnc, "LOSS_CHUNK", config.segment_length)
     model = tiny_model(config).train()
     start, further, costs = overflowing_length(config, rest=0), 48 * config.segment_length, []
     for length in (start, start + further, start + 2 * further):
