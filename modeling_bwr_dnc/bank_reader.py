@@ -192,7 +192,6 @@ class Pool:
 class PlannedStretch:
     """What one stretch of tokens, at most up to the end of a segment, sees, as recorded by the plan."""
 
-    index: int  # among the stretches of the call
     start: int  # first token in the call
     stop: int
     row: RowState
@@ -220,18 +219,25 @@ class Cut:
     gradient as large as the whole. Everything is rotated to its index in the pool; only differences of positions matter.
     """
 
-    queries: tuple[torch.Tensor, ...]  # [R, H, T, D] of each stretch
-    complexity: tuple[torch.Tensor, ...]  # [R, H, T] of each stretch
+    queries: tuple[torch.Tensor, ...]  # [R, H, K * T, D] of each group of K stretches
+    complexity: tuple[torch.Tensor, ...]  # [R, H, K * T] of each group
     keys: tuple[torch.Tensor, ...]  # [R, G, <= S, D] of each segment, from the first in the window on
     values: tuple[torch.Tensor, ...]
     first: int  # pool index of the first entry in the window
     rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines of all raw entries, [P, D]
 
     def window(self, stretches: list[PlannedStretch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [R * K, G, <= 2S, D] in the windows of K stretches."""
-        pairs = [slice(stretch.segment, stretch.segment + 2) for stretch in stretches]
-        keys, values = (stacked([torch.cat(part[pair], dim=2) for pair in pairs]) for part in (self.keys, self.values))
-        return keys, values
+        """Keys and values [R * K, G, <= 2S, D] in the windows of K consecutive stretches."""
+        first, last = stretches[0].segment, stretches[-1].segment
+
+        def of(segments):
+            if first == last:
+                return torch.cat(segments[first : first + 2], dim=2)
+            # One tensor of all, and not a pair for each: what a layer leaves scattered in memory can often not be used again.
+            together = torch.stack(segments[first : last + 2], dim=1)
+            return torch.cat((together[:, :-1], together[:, 1:]), dim=3).flatten(0, 1)
+
+        return of(self.keys), of(self.values)
 
 
 class SharedGather:
@@ -678,13 +684,14 @@ class BankReader:
             )
         pool = self._pool(tokens, state, plan)
         num_raw, num_level1 = state.length() + len(tokens), sum(pairs.shape[2] for pairs in plan.pairs[0])
-        cut = self._cut(tokens, state, stretches, pool)
+        groups = self._groups(stretches)
+        cut = self._cut(tokens, state, groups, pool)
         slots = Slots(SharedGather(pool.keys), SharedGather(pool.values), SharedGather(pool.bias))
         outputs, weights = [], []
-        for group in self._groups(stretches):
+        for group, queries, complexity in zip(groups, cut.queries, cut.complexity, strict=True):
             for stretch in group:
                 stretch.source = _resolved(stretch.source, num_raw, num_level1)
-            output, weight = self._read_group(group, cut, slots)
+            output, weight = self._read_group(group, queries, complexity, cut, slots)
             outputs += output.unflatten(0, (-1, len(group))).unbind(1)
             weights.append(weight)
         after = None
@@ -722,7 +729,7 @@ class BankReader:
                 holes = None if state.holes is None else state.holes[:, :, : state.length()].clone()
                 segment = (row.window_start - first_position) // length
                 seen = (plan.source, entries.mass, entries.level, holes)
-                stretches.append(PlannedStretch(len(stretches), start, stop, row, segment, *seen))
+                stretches.append(PlannedStretch(start, stop, row, segment, *seen))
                 start = stop
                 finished.note(start, state, plan.source)
         return stretches, finished, plan
@@ -741,7 +748,7 @@ class BankReader:
             source = torch.arange(num_sinks, device=state.keys.device).expand(*state.keys.shape[:2], -1)
             segment = (row.window_start - first_position) // length
             seen = (source, torch.ones_like(source), torch.zeros_like(source), None)
-            stretches.append(PlannedStretch(len(stretches), start, stop, row, segment, *seen))
+            stretches.append(PlannedStretch(start, stop, row, segment, *seen))
             start = stop
         return stretches
 
@@ -765,7 +772,7 @@ class BankReader:
                 pool = pool.extended(_resolved(torch.cat(pairs, dim=2), num_raw, num_level1), self.compress)
         return pool
 
-    def _cut(self, tokens: Tokens, state: BankState, stretches: list[PlannedStretch], pool: Pool) -> Cut:
+    def _cut(self, tokens: Tokens, state: BankState, groups: list[list[PlannedStretch]], pool: Pool) -> Cut:
         length, num_raw, first = self.settings.segment_length, state.length() + len(tokens), len(state.entries)
         cos, sin = self.call.rotary.range(0, num_raw)
         queries = rotate(tokens.queries, cos[-len(tokens) :], sin[-len(tokens) :])
@@ -773,7 +780,7 @@ class BankReader:
             rotate(pool.keys[:, :, first:num_raw], cos[first:], sin[first:]),
             pool.values[:, :, first:num_raw],
         )
-        counts = [len(stretch) for stretch in stretches]
+        counts = [sum(map(len, group)) for group in groups]
         return Cut(
             queries.split(counts, dim=2),
             tokens.complexity.split(counts, dim=2),
@@ -795,8 +802,12 @@ class BankReader:
                 groups.append([stretch])
         return groups
 
-    def _read_group(self, group: list[PlannedStretch], cut: Cut, slots: Slots):
-        """Output [R * K, H, T, D] of K stretches of the same shapes, rows in the outer order, and weights if asked for."""
+    def _read_group(self, group: list[PlannedStretch], queries, complexity, cut: Cut, slots: Slots):
+        """
+        Output [R * K, H, T, D] of K stretches of the same shapes, rows in the outer order, and weights if asked for.
+
+        Args: `queries` [R, H, K * T, D] and `complexity` [R, H, K * T] of theirs.
+        """
         settings, row, holes = self.settings, group[0].row, group[0].holes
         num_prefix = group[0].source.shape[2]
 
@@ -818,9 +829,9 @@ class BankReader:
                 pressures = pressures.repeat(len(mass) // len(group))[:, None, None]
                 key_bias, gates = prefix_bias(mass, bias, pressures, num_prefix - row.num_slots), None
                 if self.uses_routing and (row.slot_counts[1] or row.slot_counts[2]):
-                    gates = route_gates(stacked([cut.complexity[s.index] for s in group]), settings)
+                    gates = route_gates(unstrung(complexity, len(group)), settings)
                 biases = _with_holes(key_bias, gates, None if gates is None else level, holes, keys.shape[2])
-            return self._attend(stacked([cut.queries[s.index] for s in group]), keys, values, biases)
+            return self._attend(unstrung(queries, len(group)), keys, values, biases)
 
         if num_prefix <= RECOMPUTE_ABOVE * settings.segment_length:
             return read()
