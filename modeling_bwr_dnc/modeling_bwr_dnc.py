@@ -72,12 +72,11 @@ class BwrDncRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = hidden_states.dtype
         hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
-        if torch.is_grad_enabled():
-            normed = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.eps)
-        else:
+        if not torch.is_grad_enabled():
             # The same numbers in fewer steps, which is 4% of the time of a decoded token; no faster with gradients.
-            normed = F.rms_norm(hidden_states, self.weight.shape, eps=self.eps)
-        return self.weight * normed.to(dtype)
+            return self.weight * F.rms_norm(hidden_states, self.weight.shape, eps=self.eps).to(dtype)
+        variance = hidden_states.square().mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.eps)).to(dtype)
 
 
 class BwrDncMLP(nn.Module):
