@@ -52,24 +52,27 @@ class LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(gradient, weight, out=hidden_gradient[part])
                 if for_weight:
                     weight_gradient.addmm_(gradient.T, hidden_states[part])
-        ctx.save_for_backward(hidden_gradient, weight_gradient, *((hidden_states, weight) if keeps_logits else ()))
+        inputs = (hidden_states, weight) if keeps_logits else (None, None)
+        ctx.save_for_backward(hidden_gradient, weight_gradient, *inputs)
         return total, kept
 
     @staticmethod
     def backward(ctx, gradient, logits_gradient):
-        hidden_gradient, weight_gradient, *inputs = ctx.saved_tensors
-        gradients = [
-            None if made is None or gradient is None else made * gradient.to(made.dtype)
-            for made in (hidden_gradient, weight_gradient)
-        ]
+        *made, hidden_states, weight = ctx.saved_tensors
+        gradients: list[torch.Tensor | None] = [None, None]
+        if gradient is not None:
+            gradients = [None if part is None else part * gradient.to(part.dtype) for part in made]
         if logits_gradient is not None:
-            hidden_states, weight = inputs
-            through = (lambda: logits_gradient @ weight, lambda: logits_gradient.T @ hidden_states)
-            for index, product in enumerate(through):
-                if ctx.needs_input_grad[index]:
-                    made = gradients[index]
-                    gradients[index] = product() if made is None else made + product()
+            # Something else was made of the logits, too.
+            if ctx.needs_input_grad[0]:
+                gradients[0] = _sum(gradients[0], logits_gradient @ weight)
+            if ctx.needs_input_grad[1]:
+                gradients[1] = _sum(gradients[1], logits_gradient.T @ hidden_states)
         return *gradients, None, None, None, None
+
+
+def _sum(first: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:
+    return second if first is None else first + second
 
 
 def summed_cross_entropy(
