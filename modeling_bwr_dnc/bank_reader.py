@@ -199,6 +199,7 @@ class PlannedStretch:
     source: torch.Tensor  # [R, G, N] pool indices of the entries before the window
     mass: torch.Tensor  # [R, G, N] of these entries
     level: torch.Tensor  # [R, G, N]
+    salience: torch.Tensor  # [R, G, N], of these entries, without gradients
     holes: torch.Tensor | None  # [R, G, L]
 
     def __len__(self) -> int:
@@ -331,10 +332,15 @@ def refreshed(state: BankState, rotary: RotaryTable) -> BankState:
     state = state.resized(num_prefix)
     rotated = rotate(state.keys.detach(), *rotary.entries(num_prefix, settings))
     entries = state.entries.map(torch.Tensor.detach)
-    key_bias = prefix_bias(
-        entries.mass, entries.salience_bias, row_pressure(row, settings), num_prefix - row.num_slots
+    return replace(state, rotated=rotated, key_bias=entries_bias(entries, row, settings))
+
+
+def entries_bias(entries: Entries, row: RowState, settings: BankSettings) -> torch.Tensor:
+    """See `prefix_bias`."""
+    num_sinks, pressure_value = len(entries) - row.num_slots, row_pressure(row, settings)
+    return prefix_bias(
+        entries.mass, entries.salience_bias, entries.salience, pressure_value, num_sinks, settings.attention_boost
     )
-    return replace(state, rotated=rotated, key_bias=key_bias)
 
 
 def row_pressure(row: RowState, settings: BankSettings) -> float:
@@ -411,7 +417,7 @@ class BankReader:
             window_salience=F.pad(state.window_salience[:, :, length:], (0, length)),
             window_ids=F.pad(state.window_ids[:, length:], (0, length)),
             holes=holes,
-            key_bias=prefix_bias(entries.mass, entries.salience_bias, row_pressure(rows[0], settings), num_sinks),
+            key_bias=entries_bias(entries, rows[0], settings),
         )
         return consolidated, plan
 
@@ -728,7 +734,7 @@ class BankReader:
                 row, entries = replace(state.rows[0]), state.entries
                 holes = None if state.holes is None else state.holes[:, :, : state.length()].clone()
                 segment = (row.window_start - first_position) // length
-                seen = (plan.source, entries.mass, entries.level, holes)
+                seen = (plan.source, entries.mass, entries.level, entries.salience, holes)
                 stretches.append(PlannedStretch(start, stop, row, segment, *seen))
                 start = stop
                 finished.note(start, state, plan.source)
@@ -747,7 +753,8 @@ class BankReader:
             num_sinks = row.num_prefix(self.settings.num_sink_tokens)
             source = torch.arange(num_sinks, device=state.keys.device).expand(*state.keys.shape[:2], -1)
             segment = (row.window_start - first_position) // length
-            seen = (source, torch.ones_like(source), torch.zeros_like(source), None)
+            nothing = torch.zeros_like(source)
+            seen = (source, torch.ones_like(source), nothing, nothing, None)
             stretches.append(PlannedStretch(start, stop, row, segment, *seen))
             start = stop
         return stretches
@@ -823,11 +830,14 @@ class BankReader:
                 )
             biases = (None, None, None)
             if holes is not None or is_biased([stretch.row for stretch in group], settings):
-                mass, level = stacked([s.mass for s in group]), stacked([s.level for s in group])
+                mass, level, salience = (
+                    stacked([getattr(s, name) for s in group]) for name in ("mass", "level", "salience")
+                )
                 bias = unstrung(slots.bias(index), len(group))
                 pressures = mass.new_tensor([row_pressure(s.row, settings) for s in group], dtype=bias.dtype)
                 pressures = pressures.repeat(len(mass) // len(group))[:, None, None]
-                key_bias, gates = prefix_bias(mass, bias, pressures, num_prefix - row.num_slots), None
+                num_sinks, gates = num_prefix - row.num_slots, None
+                key_bias = prefix_bias(mass, bias, salience, pressures, num_sinks, settings.attention_boost)
                 if self.uses_routing and (row.slot_counts[1] or row.slot_counts[2]):
                     gates = route_gates(unstrung(complexity, len(group)), settings)
                 biases = _with_holes(key_bias, gates, None if gates is None else level, holes, keys.shape[2])

@@ -71,6 +71,8 @@ class BwrDncConfig(PreTrainedConfig):
             Neighbouring tokens, an odd number, over which salience is averaged when slots are retained; 1 means none.
         salience_boost (`float`, defaults to 0.0):
             How often salience above 0 counts beside once when slots are retained.
+        attention_boost (`float`, defaults to 0.0):
+            Attention logit that slots of (pooled) salience above 0 gain, times the pressure (0 until the first token is dropped).
         recency_weight (`float`, defaults to 0.0):
             Retention that a slot has over one that is 1,024 tokens older: with it, all but the salient fade.
         retention_score (`str`, defaults to `"salience"`):
@@ -124,6 +126,7 @@ class BwrDncConfig(PreTrainedConfig):
     usage_weight: int | float = 1.0
     salience_pooling: int = 1
     salience_boost: int | float = 0.0
+    attention_boost: int | float = 0.0
     recency_weight: int | float = 0.0
     retention_score: str = "salience"
     short_conv_kernel: int = 0
@@ -240,18 +243,9 @@ class BwrDncConfig(PreTrainedConfig):
             self.salience_pooling,
             "be an odd number of tokens, so that it has a middle (1 means none)",
         )
-        require(
-            0 <= self.salience_boost < float("inf"),
-            "salience_boost",
-            self.salience_boost,
-            "be a number of at least 0 (0 means none)",
-        )
-        require(
-            0 <= self.recency_weight < float("inf"),
-            "recency_weight",
-            self.recency_weight,
-            "be a number of at least 0 (0 means none)",
-        )
+        for name in ("salience_boost", "attention_boost", "recency_weight"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), name, value, "be a number of at least 0 (0 means none)")
         require(
             self.retention_score in RETENTION_SCORES,
             "retention_score",

@@ -46,6 +46,7 @@ class BankSettings:
     usage_weight: float = 1.0
     salience_pooling: int = 1
     salience_boost: float = 0.0
+    attention_boost: float = 0.0
     recency_weight: float = 0.0
     retention_score: str = "salience"
     layer_idx: int = 0
@@ -199,9 +200,19 @@ def pressure(raw_slots: int, window_start: int, settings: BankSettings) -> float
 
 
 def prefix_bias(
-    mass: torch.Tensor, salience_bias: torch.Tensor, pressure_value: float | torch.Tensor, num_sinks: int
+    mass: torch.Tensor,
+    salience_bias: torch.Tensor,
+    salience: torch.Tensor,
+    pressure_value: float | torch.Tensor,
+    num_sinks: int,
+    attention_boost: float,
 ) -> torch.Tensor:
-    """Logit bias of the entries before the window, routing aside: log(mass) + pressure * salience_bias, all [B, G, N]."""
+    """
+    Logit bias of the entries before the window, routing aside, [B, G, N] like what it is made of:
+    log(mass) + pressure * (salience_bias + attention_boost where salience is above 0).
+    """
+    if attention_boost:
+        salience_bias = salience_bias + attention_boost * (salience > 0)
     bias = mass.clamp(min=1).to(salience_bias.dtype).log() + pressure_value * salience_bias
     is_sink = torch.arange(mass.shape[2], device=mass.device) < num_sinks
     return bias.masked_fill(is_sink, 0.0).masked_fill(mass == 0, MASKED).clamp(min=MASKED)

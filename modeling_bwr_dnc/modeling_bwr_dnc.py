@@ -574,6 +574,7 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> dict[str, BankSetti
         usage_weight=float(config.usage_weight),
         salience_pooling=config.salience_pooling,
         salience_boost=float(config.salience_boost),
+        attention_boost=float(config.attention_boost),
         recency_weight=float(config.recency_weight),
         retention_score=config.retention_score,
     )

@@ -43,6 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--boost", type=float, default=100.0, help="how often salience above 0 counts beside once (100)"
     )
     parser.add_argument(
+        "--attention-boost",
+        type=float,
+        default=2.0,
+        help="attention logit that slots of salience above 0 gain (2)",
+    )
+    parser.add_argument(
         "--recency",
         type=float,
         default=0.0004,
@@ -59,6 +65,7 @@ def train_memory(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model)
     model.config.salience_pooling = arguments.pooling
     model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
+    model.config.attention_boost = arguments.attention_boost
     if arguments.memory_slots is not None:
         model.config.memory_slots = arguments.memory_slots
     model.config.validate_architecture()

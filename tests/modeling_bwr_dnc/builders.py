@@ -90,6 +90,7 @@ def random_config(seed: int, max_segment: int = 12, max_slots: int = 20, **fixed
         "usage_weight": draw.choice([1.0, 5.0]),
         "salience_pooling": draw.choice([1, 1, 3, 9, 31]),
         "salience_boost": draw.choice([0.0, 0.0, 3.0]),
+        "attention_boost": draw.choice([0.0, 2.0]),
         "recency_weight": draw.choice([0.0, 0.0, 20.0]),
     }
     return tiny_config(**{**choices, **fixed})
@@ -211,6 +212,7 @@ def _reference_attention(attention, inputs, ids, inv_freq, kind, config):
         usage_weight=config.usage_weight,
         salience_pooling=config.salience_pooling,
         salience_boost=config.salience_boost,
+        attention_boost=config.attention_boost,
         recency_weight=config.recency_weight,
     )
     return attention.o_proj(output.transpose(0, 1).flatten(1)), banks
