@@ -125,6 +125,8 @@ class Call:
     sequences: list[Sequences]
     token_ids: torch.Tensor  # [B, T], -1 where unknown
     settings: dict[str, BankSettings]  # by layer type
+    use_salience: bool
+    use_routing: bool
     keeps_state: bool
     # Set when every row goes one token further or none: rows may stand anywhere, and are read together.
     active: list[bool] | None = None
@@ -164,6 +166,8 @@ class Tokens:
         return Tokens(queries, keys, values, salience, complexity, self.token_ids)
 
     def slice(self, start: int, stop: int) -> "Tokens":
+        if start == 0 and stop == len(self):
+            return self
         return replace(self.map(lambda tensor: tensor[:, :, start:stop]), token_ids=self.token_ids[:, start:stop])
 
 
@@ -321,18 +325,17 @@ def unstrung(tensor: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def refreshed(state: BankState, rotary: RotaryTable) -> BankState:
-    """Same state with its working copies (rotated keys, slot biases) rebuilt where they are missing."""
+    """Same state with its working copies (rotated keys, slot biases) rebuilt, without gradients, where they are missing."""
     if state.rotated is not None and state.key_bias is not None:
         return state
-    if not state.is_uniform:
-        parts = [refreshed(state.select([i]), rotary) for i in range(len(state.rows))]
-        return BankState.stack(parts)
-    settings, row = state.settings, state.rows[0]
-    num_prefix = state.num_prefix()
-    state = state.resized(num_prefix)
-    rotated = rotate(state.keys.detach(), *rotary.entries(num_prefix, settings))
-    entries = state.entries.map(torch.Tensor.detach)
-    return replace(state, rotated=rotated, key_bias=entries_bias(entries, row, settings))
+    with torch.no_grad():
+        if not state.is_uniform:
+            parts = [refreshed(state.select([i]), rotary) for i in range(len(state.rows))]
+            return BankState.stack(parts)
+        settings, num_prefix = state.settings, state.num_prefix()
+        state = state.resized(num_prefix)
+        rotated = rotate(state.keys, *rotary.entries(num_prefix, settings))
+        return replace(state, rotated=rotated, key_bias=entries_bias(state.entries, state.rows[0], settings))
 
 
 def entries_bias(entries: Entries, row: RowState, settings: BankSettings) -> torch.Tensor:
@@ -368,6 +371,7 @@ class BankReader:
         self,
         call: Call,
         settings: BankSettings,
+        layer_idx: int,
         sequences: Sequences,
         scaling: float,
         compress: Compress | None,
@@ -381,7 +385,8 @@ class BankReader:
             on_consolidation: told the state before each consolidation, and the sequences in it.
             shows_columns: attention weights are shown over the columns of the batch, not over the entries read.
         """
-        self.call, self.settings, self.sequences, self.scaling = call, settings, sequences, scaling
+        self.call, self.settings, self.layer_idx = call, settings, layer_idx
+        self.sequences, self.scaling = sequences, scaling
         self.counts = sequences.counts
         self.compress, self.uses_routing, self.on_consolidation = compress, uses_routing, on_consolidation
         self.shows_columns = shows_columns
@@ -451,7 +456,7 @@ class BankReader:
         entries = Entries.cat(replace(state.entries, usage=used), entered)
         _, paired, quartered = row.slot_counts
         return consolidate(
-            Candidates(entries, state.keys, state.values, state.queries, settings),
+            Candidates(entries, state.keys, state.values, state.queries, settings, self.layer_idx),
             (candidates_end - num_sinks - paired - quartered, paired, quartered),
             num_sinks,
             self.compress,

@@ -35,7 +35,7 @@ MASKED = -1e4
 
 @dataclass(frozen=True)
 class BankSettings:
-    """Run-time settings of one layer; see `BwrDncConfig` for their meaning."""
+    """Run-time settings of the layers of one type; see `BwrDncConfig` for their meaning."""
 
     segment_length: int
     num_sink_tokens: int
@@ -49,7 +49,6 @@ class BankSettings:
     attention_boost: float = 0.0
     recency_weight: float = 0.0
     retention_score: str = "salience"
-    layer_idx: int = 0
 
     @property
     def num_stored_queries(self) -> int:
@@ -238,23 +237,28 @@ def prefix_positions(num_prefix: int, settings: BankSettings, device: torch.devi
 
 class Rotation(torch.autograd.Function):
     """
-    `rotate`. Its derivative is the rotation back, for which only the angles are kept; written out as products and sums it would make
-    five tensors as large as the states, each way.
+    `rotate` with gradients. Its derivative is the rotation back, for which only the angles are kept; written out as products and
+    sums it would make five tensors as large as the states, each way.
     """
 
     @staticmethod
     def forward(ctx, states, cos, sin):
         ctx.save_for_backward(cos, sin)
-        half = states.shape[-1] // 2
-        rotated = states * cos
-        rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-        rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
-        return rotated
+        return _rotated(states, cos, sin)
 
     @staticmethod
     def backward(ctx, gradient):
         cos, sin = ctx.saved_tensors
-        return Rotation.apply(gradient, cos, -sin), None, None
+        return rotate(gradient, cos, -sin), None, None
+
+
+def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = states.shape[-1] // 2
+    left, right = states[..., :half], states[..., half:]
+    rotated, sin = states * cos, sin[..., :half]
+    rotated[..., :half].addcmul_(right, sin, value=-1)
+    rotated[..., half:].addcmul_(left, sin)
+    return rotated
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -262,7 +266,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     Rotary position embedding (Su et al., 2021) in the half-split layout of Llama; cos and sin end in [..., D], and their two
     halves are equal.
     """
-    return Rotation.apply(states, cos, sin)
+    return Rotation.apply(states, cos, sin) if torch.is_grad_enabled() else _rotated(states, cos, sin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,6 +404,7 @@ class Candidates:
     all_values: torch.Tensor  # [B, G, >= M, D]
     queries: torch.Tensor  # [B, H, Q, D], before RoPE: every 8th of the last full segment
     settings: BankSettings
+    layer_idx: int
 
     @property
     def keys(self) -> torch.Tensor:
@@ -470,7 +475,7 @@ def _score_recency(candidates: Candidates) -> torch.Tensor:
 
 def _score_random(candidates: Candidates) -> torch.Tensor:
     entries = candidates.entries
-    return hashed_uniform(entries.time.clamp(min=0), candidates.settings.layer_idx + 1).to(entries.usage.dtype)
+    return hashed_uniform(entries.time.clamp(min=0), candidates.layer_idx + 1).to(entries.usage.dtype)
 
 
 # Plug-in point: `config.retention_score` names one of these, [B, G, M] from `Candidates`, larger is kept longer.
@@ -495,7 +500,7 @@ def retention_scores(candidates: Candidates, noise_seed: int | None = None) -> t
     entries = candidates.entries
     retention = RETENTION_SCORES[candidates.settings.retention_score](candidates)
     if noise_seed is not None:
-        uniform = hashed_uniform(entries.time.clamp(min=0), noise_seed * 1009 + candidates.settings.layer_idx)
+        uniform = hashed_uniform(entries.time.clamp(min=0), noise_seed * 1009 + candidates.layer_idx)
         retention = retention - (-uniform.log()).log().to(retention.dtype)
     return retention.masked_fill(entries.is_hole, float("-inf"))
 

@@ -251,23 +251,23 @@ class SinkWindowAttention(nn.Module):
         Returns the output [B, T, hidden], attention weights [B, H, T, L] and the state after, where the call wants them.
         """
         shape = hidden_states.shape[:2]
-        settings = replace(call.settings[self.layer_type], layer_idx=self.layer_idx)
+        settings = call.settings[self.layer_type]
         if state is None:
             state = self._empty_state(settings, shape[0], hidden_states)
         else:
-            with torch.no_grad():
-                state = refreshed(replace(state, settings=settings), call.rotary)
+            if state.settings != settings:
+                state = replace(state, settings=settings)
+            state = refreshed(state, call.rotary)
         conv_inputs = {}
         if self.short_conv is not None:
             hidden_states, conv_inputs = self.short_conv(hidden_states, call, state)
-        projected = self._project(hidden_states)
+        projected = self._project(hidden_states, call)
         shows_columns = call.key_columns is not None and all(
             stays_lossless(state.rows[row], count, settings)
             for sequences in call.sequences
             for row, count in zip(sequences.rows, sequences.counts, strict=True)
         )
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in projected)
-        compressor, uses_routing = self._learned_parts()
         output = weights = None
         rows: list[int] = []
         parts: list[BankState] = []
@@ -280,7 +280,16 @@ class SinkWindowAttention(nn.Module):
             elif sequences.rows != list(range(shape[0])):
                 part = state.select(sequences.rows)
             note = self._journal(layer, sequences, shape[0], conv_inputs)
-            reader = BankReader(call, settings, sequences, self.scaling, compressor, uses_routing, note, shows_columns)
+            reader = BankReader(
+                call,
+                settings,
+                self.layer_idx,
+                sequences,
+                self.scaling,
+                *self._learned_parts(call),
+                note,
+                shows_columns,
+            )
             if needs_gradient:
                 read = reader.read_with_gradient
             else:
@@ -322,7 +331,7 @@ class SinkWindowAttention(nn.Module):
 
         return note
 
-    def _learned_parts(self):
+    def _learned_parts(self, call: Call):
         """Compressor and whether queries route between levels."""
         return None, False
 
@@ -340,7 +349,7 @@ class SinkWindowAttention(nn.Module):
             dtype = torch.get_autocast_dtype(like.device.type)
         return BankState.empty(settings, batch_size, shapes, dtype, like.device)
 
-    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _project(self, hidden_states: torch.Tensor, call: Call) -> tuple[torch.Tensor, ...]:
         """Queries [B, T, H, D], keys and values [B, T, G, D], salience [B, T, G] and complexity [B, T, H] logits."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         queries = self.q_proj(hidden_states).view(heads)
@@ -348,9 +357,9 @@ class SinkWindowAttention(nn.Module):
         values = self.v_proj(hidden_states).view(heads)
         if self.q_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        return queries, keys, values, *self._memory_logits(hidden_states)
+        return queries, keys, values, *self._memory_logits(hidden_states, call)
 
-    def _memory_logits(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _memory_logits(self, hidden_states: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         shape = hidden_states.shape[:2]
         options: dict = {
             "dtype": torch.promote_types(hidden_states.dtype, torch.float32),
@@ -377,14 +386,16 @@ class StateBankAttention(SinkWindowAttention):
             output = output + 0.0 * unused
         return output, weights, after
 
-    def _learned_parts(self):
-        return self.memory.compressor, self.config.use_routing
+    def _learned_parts(self, call):
+        return self.memory.compressor, call.use_routing
 
-    def _memory_logits(self, hidden_states):
-        salience, complexity = super()._memory_logits(hidden_states)
-        if self.config.use_salience:
+    def _memory_logits(self, hidden_states, call):
+        if call.use_salience and call.use_routing:
+            return self.memory.salience(hidden_states), self.memory.routing(hidden_states) + COMPLEXITY_SHIFT
+        salience, complexity = super()._memory_logits(hidden_states, call)
+        if call.use_salience:
             salience = self.memory.salience(hidden_states)
-        if self.config.use_routing:
+        if call.use_routing:
             complexity = self.memory.routing(hidden_states) + COMPLEXITY_SHIFT
         return salience, complexity
 
@@ -415,9 +426,9 @@ class BwrDncDecoderLayer(GradientCheckpointingLayer):
         layer: StateBankLayer | None = None,
     ) -> tuple[torch.Tensor, BankState | None]:
         attended, _, state = self.self_attn(self.input_layernorm(hidden_states), call, state, layer)
-        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + (self.dropout(attended) if self.training else attended)
         mixed = self.mlp(self.post_attention_layernorm(hidden_states), self.gradient_checkpointing and self.training)
-        return hidden_states + self.dropout(mixed), state
+        return hidden_states + (self.dropout(mixed) if self.training else mixed), state
 
 
 class BwrDncRotaryEmbedding(LlamaRotaryEmbedding):
@@ -537,6 +548,8 @@ class BwrDncModel(BwrDncPreTrainedModel):
             sequences=layout.sequences,
             token_ids=input_ids,
             settings=bank_settings(self.config, use_memory),
+            use_salience=self.config.use_salience,
+            use_routing=self.config.use_routing,
             keeps_state=bool(use_cache),
             active=layout.active,
             eager=self.config._attn_implementation == "eager",

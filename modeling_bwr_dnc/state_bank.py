@@ -945,6 +945,13 @@ def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
         raise ValueError(
             f"The state has layers {kinds}, but the model has {config.layer_types}; use the model that made it."
         )
+    # Asked once: configs answer slowly, and this runs for every token.
+    wanted = {
+        name: getattr(config, name)
+        for name in (
+            "segment_length", "num_sink_tokens", "num_key_value_heads", "head_dim", "num_attention_heads", "short_conv_kernel",
+        )
+    }  # fmt: skip
     for index, state in enumerate(cache.states):
         found = {
             "segment_length": state.settings.segment_length,
@@ -954,12 +961,12 @@ def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
             "num_attention_heads": state.queries.shape[1],
             "short_conv_kernel": state.conv_reach + 1 if state.conv_inputs.shape[1] else 0,
         }
-        for name, value in found.items():
-            if value != getattr(config, name):
-                raise ValueError(
-                    f"The state has {name} = {value} (layer {index}), but the model has {getattr(config, name)}; use the "
-                    "model, and the settings, that made the state."
-                )
+        if found != wanted:
+            name = next(name for name in found if found[name] != wanted[name])
+            raise ValueError(
+                f"The state has {name} = {found[name]} (layer {index}), but the model has {wanted[name]}; use the model, and "
+                "the settings, that made the state."
+            )
 
 
 def fingerprint_weights(model: torch.nn.Module) -> str:
@@ -991,6 +998,7 @@ def _require_same_settings(first: StateBankCache, other: StateBankCache) -> None
 
 def _state_from_files(description: dict, tensors: dict[str, torch.Tensor], index: int) -> BankState:
     settings = dict(description["settings"][index])
+    settings.pop("layer_idx", None)  # in files of earlier versions
     for name in ("memory_slots", "routing_thresholds"):
         settings[name] = tuple(settings[name])
     rows = [
