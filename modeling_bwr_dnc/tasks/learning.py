@@ -5,6 +5,7 @@ Short rows come first: what a question asks for is learned where everything is s
 of a batch share a length, batches have about the same number of tokens.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from ..configuration_bwr_dnc import BwrDncConfig
 from ..training.arguments import BwrDncTrainingArguments
@@ -168,6 +170,7 @@ def learn(
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
+    slow_gates(model)
     source = {"stages": [stages], "num_steps": num_steps, "tokens_per_batch": tokens_per_batch, "seed": seed}
     rows = IterableDataset.from_generator(_batches, gen_kwargs=source)
     is_ours = config.model_type == BwrDncConfig.model_type
@@ -205,6 +208,19 @@ def learn(
         trainer.train()
     model.config.use_cache = True
     return Learned(model.eval(), watch.elapsed(), watch.curve)
+
+
+@torch.no_grad()
+def slow_gates(model: PreTrainedModel) -> None:
+    """
+    Start the gates of gated DeltaNet, if the model has any, as its authors do (and Mamba2): time steps between 0.001 and 0.1.
+
+    Transformers starts them at 1.3, times up to 16: within a token or two such a model forgets everything, and learns no recall.
+    """
+    for module in model.modules():
+        if isinstance(module, Qwen3NextGatedDeltaNet):
+            steps = torch.empty_like(module.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp()
+            module.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus of this is the step
 
 
 def _batches(stages: list, num_steps: int, tokens_per_batch: int, seed: int) -> Iterator[dict]:

@@ -2,11 +2,22 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.evaluation.measuring import read_blocks, task_accuracy
 from modeling_bwr_dnc.tasks import Copy, Lookup
-from modeling_bwr_dnc.tasks.learning import ABLATIONS, MODEL_KINDS, Stage, batches, learn, small_config, staged
+from modeling_bwr_dnc.tasks.learning import (
+    ABLATIONS,
+    MODEL_KINDS,
+    Stage,
+    batches,
+    learn,
+    slow_gates,
+    small_config,
+    staged,
+)
 
 TASK = Lookup(length=64, vocab_size=44, num_pairs=4, num_queries=2)
 
@@ -34,6 +45,18 @@ def test_recurrent_models_learn_like_ours_and_carry_their_state_from_block_to_bl
         [hidden for part in row.split(24, 1) for _, hidden, _ in read_blocks(learned.model, part)], dim=1
     )
     assert not torch.allclose(alone, whole, atol=1e-2)
+
+
+def test_gated_deltanet_starts_without_forgetting_everything_at_once():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config("gated_deltanet", TASK))
+    layers = [layer.linear_attn for layer in model.model.layers]
+    kept = [(-layer.A_log.exp() * F.softplus(layer.dt_bias)).exp() for layer in layers]  # of the state, by a token
+    slow_gates(model)
+    kept_now = [(-layer.A_log.exp() * F.softplus(layer.dt_bias)).exp() for layer in layers]
+    assert torch.cat(kept).median() < 0.01 and torch.cat(kept_now).median() > 0.8
+    for layer in layers:
+        assert ((F.softplus(layer.dt_bias) > 0.00099) & (F.softplus(layer.dt_bias) < 0.101)).all()
 
 
 def test_ablations_change_one_thing_each():
