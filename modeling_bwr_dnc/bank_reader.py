@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .memory_ops import (
+    COMPLEXITY_SHIFT,
     MASKED,
     MAX_SOURCES,
     QUERY_STRIDE,
@@ -137,6 +138,16 @@ class Call:
     key_columns: torch.Tensor | None = None
     num_columns: int = 0
     masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+    neutral: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def neutral_logits(self, like: torch.Tensor, num_groups: int, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Salience [B, T, G] and complexity [B, T, H] of tokens [B, T, ...] where nothing is learned, shared by all layers."""
+        if like.device not in self.neutral:
+            options: dict = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+            salience = torch.zeros(*like.shape[:2], num_groups, **options)
+            complexity = torch.full((*like.shape[:2], num_heads), COMPLEXITY_SHIFT, **options)
+            self.neutral[like.device] = salience, complexity
+        return self.neutral[like.device]
 
     def causal_mask(self, num_queries: int, num_keys: int, repeats: int = 1) -> torch.Tensor:
         """Additive mask [repeats * T, L], shared by all layers."""
@@ -526,8 +537,9 @@ class BankReader:
         # Queries of the segment that the last token is in, at offsets 0, 8, 16, ... (usage begins with segment 1).
         segment_start = (row.seen + count - 1) // self.settings.segment_length * self.settings.segment_length
         slot = -(-(max(row.seen, segment_start) - segment_start) // QUERY_STRIDE)
-        stored = slice(segment_start + slot * QUERY_STRIDE - row.seen, count, QUERY_STRIDE)
-        if segment_start:
+        first_stored = segment_start + slot * QUERY_STRIDE - row.seen
+        if segment_start and first_stored < count:
+            stored = slice(first_stored, count, QUERY_STRIDE)
             queries = tokens.queries[:, :, stored]
             state.queries[:, :, slot : slot + queries.shape[2]] = queries
             state.complexity[:, :, slot : slot + queries.shape[2]] = tokens.complexity[:, :, stored]

@@ -71,10 +71,10 @@ class BwrDncRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = hidden_states.dtype
+        if not torch.is_grad_enabled() and dtype == self.weight.dtype == torch.float32:
+            # The same numbers in fewer steps, which is 5% of the time of a decoded token; no faster with gradients.
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
         hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
-        if not torch.is_grad_enabled():
-            # The same numbers in fewer steps, which is 4% of the time of a decoded token; no faster with gradients.
-            return self.weight * F.rms_norm(hidden_states, self.weight.shape, eps=self.eps).to(dtype)
         variance = hidden_states.square().mean(-1, keepdim=True)
         return self.weight * (hidden_states * torch.rsqrt(variance + self.eps)).to(dtype)
 
@@ -360,13 +360,7 @@ class SinkWindowAttention(nn.Module):
         return queries, keys, values, *self._memory_logits(hidden_states, call)
 
     def _memory_logits(self, hidden_states: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = hidden_states.shape[:2]
-        options: dict = {
-            "dtype": torch.promote_types(hidden_states.dtype, torch.float32),
-            "device": hidden_states.device,
-        }
-        salience = torch.zeros(*shape, self.num_groups, **options)
-        return salience, torch.full((*shape, self.num_heads), COMPLEXITY_SHIFT, **options)
+        return call.neutral_logits(hidden_states, self.num_groups, self.num_heads)
 
 
 class StateBankAttention(SinkWindowAttention):

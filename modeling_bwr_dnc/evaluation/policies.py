@@ -15,6 +15,8 @@ CONTROLS = {
     "equal_slot_window": "sinks and a longer window: all slots raw, filled with the most recent tokens",
     "random": "equal slots and levels, evicted at random",
 }
+# Where salience does not decide what stays, it does not weigh what is read either.
+UNSALIENT = {"attention_boost": 0.0}
 # Only where the answers' places are known: in measuring facts.
 PINNED = "pinned"
 POLICIES = (
@@ -42,9 +44,9 @@ def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
     if policy == "window":
         return {"use_memory": False}
     if policy == "equal_slot_window":
-        return {"memory_slots": [sum(config.memory_slots), 0, 0], "retention_score": "recency"}
+        return {"memory_slots": [sum(config.memory_slots), 0, 0], "retention_score": "recency", **UNSALIENT}
     if policy == "random":
-        return {"retention_score": "random"}
+        return {"retention_score": "random", **UNSALIENT}
     if policy == "three_levels":
         unit, rest = divmod(sum(config.memory_slots), 7)
         return {"memory_slots": [4 * unit + rest, 2 * unit, unit]}
@@ -53,7 +55,8 @@ def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
             f"the policy {PINNED!r} needs to know where answers stand; measure `facts` with it, or another policy"
         )
     if policy in POLICIES:
-        return {"retention_score": policy.removeprefix("score:")}
+        score = policy.removeprefix("score:")
+        return {"retention_score": score} | ({} if score == "salience" else UNSALIENT)
     raise ValueError(f"the policy is {policy!r}, but must be one of {', '.join(POLICIES)}")
 
 
