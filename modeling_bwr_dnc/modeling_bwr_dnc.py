@@ -268,6 +268,7 @@ class SinkWindowAttention(nn.Module):
             for row, count in zip(sequences.rows, sequences.counts, strict=True)
         )
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in projected)
+        compressor, uses_routing = self._learned_parts(call)
         output = weights = None
         rows: list[int] = []
         parts: list[BankState] = []
@@ -281,14 +282,7 @@ class SinkWindowAttention(nn.Module):
                 part = state.select(sequences.rows)
             note = self._journal(layer, sequences, shape[0], conv_inputs)
             reader = BankReader(
-                call,
-                settings,
-                self.layer_idx,
-                sequences,
-                self.scaling,
-                *self._learned_parts(call),
-                note,
-                shows_columns,
+                call, settings, self.layer_idx, sequences, self.scaling, compressor, uses_routing, note, shows_columns
             )
             if needs_gradient:
                 read = reader.read_with_gradient
