@@ -352,9 +352,7 @@ def refreshed(state: BankState, rotary: RotaryTable) -> BankState:
 def entries_bias(entries: Entries, row: RowState, settings: BankSettings) -> torch.Tensor:
     """See `prefix_bias`."""
     num_sinks, pressure_value = len(entries) - row.num_slots, row_pressure(row, settings)
-    return prefix_bias(
-        entries.mass, entries.salience_bias, entries.salience, pressure_value, num_sinks, settings.attention_boost
-    )
+    return prefix_bias(entries.mass, entries.salience_bias, entries.salience, pressure_value, num_sinks, settings)
 
 
 def row_pressure(row: RowState, settings: BankSettings) -> float:
@@ -854,7 +852,7 @@ class BankReader:
                 pressures = mass.new_tensor([row_pressure(s.row, settings) for s in group], dtype=bias.dtype)
                 pressures = pressures.repeat(len(mass) // len(group))[:, None, None]
                 num_sinks, gates = num_prefix - row.num_slots, None
-                key_bias = prefix_bias(mass, bias, salience, pressures, num_sinks, settings.attention_boost)
+                key_bias = prefix_bias(mass, bias, salience, pressures, num_sinks, settings)
                 if self.uses_routing and (row.slot_counts[1] or row.slot_counts[2]):
                     gates = route_gates(unstrung(complexity, len(group)), settings)
                 biases = _with_holes(key_bias, gates, None if gates is None else level, holes, keys.shape[2])

@@ -72,7 +72,10 @@ class BwrDncConfig(PreTrainedConfig):
         salience_boost (`float`, defaults to 0.0):
             How often salience above 0 counts beside once when slots are retained.
         attention_boost (`float`, defaults to 0.0):
-            Attention logit that slots of (pooled) salience above 0 gain, times the pressure (0 until the first token is dropped).
+            Attention logit that salient slots gain, times the pressure (0 until the first token is dropped): none at a (pooled)
+            salience of 0, rising to all of it at `salience_scale`. No gradient flows through it.
+        salience_scale (`float`, defaults to 1.0):
+            Salience from which a slot gains the whole `attention_boost`.
         recency_weight (`float`, defaults to 0.0):
             Retention that a slot has over one that is 1,024 tokens older: with it, all but the salient fade.
         retention_score (`str`, defaults to `"salience"`):
@@ -127,6 +130,7 @@ class BwrDncConfig(PreTrainedConfig):
     salience_pooling: int = 1
     salience_boost: int | float = 0.0
     attention_boost: int | float = 0.0
+    salience_scale: int | float = 1.0
     recency_weight: int | float = 0.0
     retention_score: str = "salience"
     short_conv_kernel: int = 0
@@ -246,6 +250,7 @@ class BwrDncConfig(PreTrainedConfig):
         for name in ("salience_boost", "attention_boost", "recency_weight"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), name, value, "be a number of at least 0 (0 means none)")
+        require(0 < self.salience_scale < float("inf"), "salience_scale", self.salience_scale, "be a number above 0")
         require(
             self.retention_score in RETENTION_SCORES,
             "retention_score",

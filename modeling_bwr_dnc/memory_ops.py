@@ -47,6 +47,7 @@ class BankSettings:
     salience_pooling: int = 1
     salience_boost: float = 0.0
     attention_boost: float = 0.0
+    salience_scale: float = 1.0
     recency_weight: float = 0.0
     retention_score: str = "salience"
 
@@ -204,14 +205,14 @@ def prefix_bias(
     salience: torch.Tensor,
     pressure_value: float | torch.Tensor,
     num_sinks: int,
-    attention_boost: float,
+    settings: BankSettings,
 ) -> torch.Tensor:
     """
     Logit bias of the entries before the window, routing aside, [B, G, N] like what it is made of:
-    log(mass) + pressure * (salience_bias + attention_boost where salience is above 0).
+    log(mass) + pressure * (salience_bias + attention_boost * salience / salience_scale, clamped to [0, 1]).
     """
-    if attention_boost:
-        salience_bias = salience_bias + attention_boost * (salience > 0)
+    if settings.attention_boost:
+        salience_bias = salience_bias + settings.attention_boost * (salience / settings.salience_scale).clamp(0, 1)
     bias = mass.clamp(min=1).to(salience_bias.dtype).log() + pressure_value * salience_bias
     is_sink = torch.arange(mass.shape[2], device=mass.device) < num_sinks
     return bias.masked_fill(is_sink, 0.0).masked_fill(mass == 0, MASKED).clamp(min=MASKED)

@@ -576,6 +576,7 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> dict[str, BankSetti
         salience_pooling=config.salience_pooling,
         salience_boost=float(config.salience_boost),
         attention_boost=float(config.attention_boost),
+        salience_scale=float(config.salience_scale),
         recency_weight=float(config.recency_weight),
         retention_score=config.retention_score,
     )

@@ -60,6 +60,7 @@ def naive_state_bank_attention(
     salience_pooling: int = 1,
     salience_boost: float = 0.0,
     attention_boost: float = 0.0,
+    salience_scale: float = 1.0,
     recency_weight: float = 0.0,  # per 1,024 tokens
 ) -> tuple[Tensor, list[list[Entry]]]:
     """Returns the attention output [H, N, D] and, per key/value head, the slots held at the end, in order of time."""
@@ -146,7 +147,7 @@ def naive_state_bank_attention(
                 query = rotate(queries[h, n], place[-1])
                 logits = [query @ rotate(entry.key, at) / math.sqrt(width) for entry, at in zip(seen, place)]
                 for i, entry in enumerate(slots, start=len(sinks)):
-                    boost = attention_boost if entry.delta > 0 else 0.0
+                    boost = attention_boost * (entry.delta.detach() / salience_scale).clamp(0, 1)
                     logits[i] = logits[i] + math.log(entry.mass) + pressure * (entry.bias + boost)
                     logits[i] = logits[i] + route_bias(complexity[h, n], entry.level)
                 weights = torch.stack(logits).softmax(dim=0)

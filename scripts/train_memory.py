@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--attention-boost",
         type=float,
         default=2.0,
-        help="attention logit that slots of salience above 0 gain (2)",
+        help="attention logit that slots gain whose salience is --scale or more (2)",
     )
     parser.add_argument(
         "--recency",
@@ -65,12 +65,13 @@ def train_memory(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model)
     model.config.salience_pooling = arguments.pooling
     model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
-    model.config.attention_boost = arguments.attention_boost
+    if arguments.tokens < 1 or not 0 < arguments.scale < float("inf"):
+        raise ValueError(f"--tokens is {arguments.tokens} and --scale {arguments.scale}, but both must be positive")
+    model.config.attention_boost, model.config.salience_scale = arguments.attention_boost, arguments.scale
     if arguments.memory_slots is not None:
         model.config.memory_slots = arguments.memory_slots
     model.config.validate_architecture()
-    if arguments.tokens < 1 or not 0 < arguments.scale < float("inf"):
-        raise ValueError(f"--tokens is {arguments.tokens} and --scale {arguments.scale}, but both must be positive")
+    model.config.attention_boost = 0.0  # until the heads are what they are to be
     texts = [read_text_file(path) for path in arguments.text] or [python_manual()]
     tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: arguments.tokens] for text in texts]
     begin = time.monotonic()
@@ -84,6 +85,7 @@ def train_memory(arguments: argparse.Namespace) -> None:
         gaps = fit_salience(
             model, tokenizer, tokens, seed=arguments.seed, scale=arguments.scale, on_progress=on_progress
         )
+    model.config.attention_boost = arguments.attention_boost
     names = save_memory_adapter(model, arguments.output)
     print("how far facts stand out, in standard deviations of ordinary text, by layer:")
     print("  " + "  ".join(f"{layer}: {gap:.1f}" for layer, gap in gaps.items()))

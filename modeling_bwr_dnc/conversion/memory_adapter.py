@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 MEMORY_MARK = ".memory."
-SETTINGS = ("salience_pooling", "salience_boost", "attention_boost", "recency_weight", "usage_weight")
+SETTINGS = (
+    "salience_pooling",
+    "salience_boost",
+    "attention_boost",
+    "salience_scale",
+    "recency_weight",
+    "usage_weight",
+)
 
 
 def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:

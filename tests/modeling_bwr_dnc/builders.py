@@ -91,6 +91,7 @@ def random_config(seed: int, max_segment: int = 12, max_slots: int = 20, **fixed
         "salience_pooling": draw.choice([1, 1, 3, 9, 31]),
         "salience_boost": draw.choice([0.0, 0.0, 3.0]),
         "attention_boost": draw.choice([0.0, 2.0]),
+        "salience_scale": draw.choice([0.5, 1.0, 3.0]),
         "recency_weight": draw.choice([0.0, 0.0, 20.0]),
     }
     return tiny_config(**{**choices, **fixed})
@@ -213,6 +214,7 @@ def _reference_attention(attention, inputs, ids, inv_freq, kind, config):
         salience_pooling=config.salience_pooling,
         salience_boost=config.salience_boost,
         attention_boost=config.attention_boost,
+        salience_scale=config.salience_scale,
         recency_weight=config.recency_weight,
     )
     return attention.o_proj(output.transpose(0, 1).flatten(1)), banks

@@ -18,6 +18,7 @@ def test_an_adapter_goes_into_a_conversion(call, tiny_source, tiny_model, tmp_pa
     assert code == 0 and "from the memory adapter" in output, errors
     model = BwrDncForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.salience_pooling == 5
+    assert model.config.attention_boost == 2.0 and model.config.salience_scale == 0.001
     for name, tensor in load_file(adapter).items():
         assert tensor.any() and tensor.equal(model.state_dict()[name])
 
