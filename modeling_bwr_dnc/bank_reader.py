@@ -65,6 +65,9 @@ class RotaryTable:
         self.frequencies, self.scaling = inverse_frequencies.to(self.precise), scaling
         self.ranges: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def to(self, device: torch.device) -> "RotaryTable":
+        return RotaryTable(self.frequencies.to(device), self.scaling, self.dtype)
+
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [..., D] at integer positions [...]."""
         angles = positions[..., None].to(self.precise) * self.frequencies
@@ -138,16 +141,35 @@ class Call:
     key_columns: torch.Tensor | None = None
     num_columns: int = 0
     masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
-    neutral: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    neutral: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    elsewhere: "dict[torch.device, Call]" = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> "Call":
+        """The same for layers on another device: those of a model may be spread over several."""
+        if device == self.rotary.device:
+            return self
+        if device not in self.elsewhere:
+            self.elsewhere[device] = replace(
+                self,
+                rotary=self.rotary.to(device),
+                sequences=[
+                    s if s.columns is None else replace(s, columns=s.columns.to(device)) for s in self.sequences
+                ],
+                token_ids=self.token_ids.to(device),
+                key_columns=None if self.key_columns is None else self.key_columns.to(device),
+                masks={},
+                neutral={},
+            )
+        return self.elsewhere[device]
 
     def neutral_logits(self, like: torch.Tensor, num_groups: int, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Salience [B, T, G] and complexity [B, T, H] of tokens [B, T, ...] where nothing is learned, shared by all layers."""
-        if like.device not in self.neutral:
+        if (num_groups, num_heads) not in self.neutral:
             options: dict = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
             salience = torch.zeros(*like.shape[:2], num_groups, **options)
             complexity = torch.full((*like.shape[:2], num_heads), COMPLEXITY_SHIFT, **options)
-            self.neutral[like.device] = salience, complexity
-        return self.neutral[like.device]
+            self.neutral[num_groups, num_heads] = salience, complexity
+        return self.neutral[num_groups, num_heads]
 
     def causal_mask(self, num_queries: int, num_keys: int, repeats: int = 1) -> torch.Tensor:
         """Additive mask [repeats * T, L], shared by all layers."""

@@ -53,7 +53,7 @@ from .state_bank import (
     check_matches_config,
     extend_history,
 )
-from .token_loss import IGNORED, is_plain_head, summed_cross_entropy
+from .token_loss import IGNORED, autocast_dtype, is_plain_head, summed_cross_entropy
 
 # Tokens read at a time from a long input of which only the last logits are wanted.
 READ_BLOCK_LENGTH = 1024
@@ -121,7 +121,7 @@ class PreciseLinear(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         inputs, weight = inputs.to(dtype), self.weight.to(dtype)
-        if not torch.is_autocast_enabled(inputs.device.type):
+        if autocast_dtype(inputs.device.type) is None:
             return F.linear(inputs, weight)
         with torch.autocast(device_type=inputs.device.type, enabled=False):
             return F.linear(inputs, weight)
@@ -251,6 +251,7 @@ class SinkWindowAttention(nn.Module):
         Returns the output [B, T, hidden], attention weights [B, H, T, L] and the state after, where the call wants them.
         """
         shape = hidden_states.shape[:2]
+        call = call.on(hidden_states.device)
         settings = call.settings[self.layer_type]
         if state is None:
             state = self._empty_state(settings, shape[0], hidden_states)
@@ -339,8 +340,7 @@ class SinkWindowAttention(nn.Module):
             config.short_conv_kernel,
         )
         dtype = self.k_proj.weight.dtype if self.k_proj.weight.dtype.is_floating_point else like.dtype
-        if torch.is_autocast_enabled(like.device.type):
-            dtype = torch.get_autocast_dtype(like.device.type)
+        dtype = autocast_dtype(like.device.type) or dtype
         return BankState.empty(settings, batch_size, shapes, dtype, like.device)
 
     def _project(self, hidden_states: torch.Tensor, call: Call) -> tuple[torch.Tensor, ...]:
@@ -741,7 +741,7 @@ def _extend_histories(cache: StateBankCache, token_ids: torch.Tensor, layout: La
     if layout.real is not None:
         pads = [tuple(index for index, is_real in enumerate(row) if not is_real) for row in layout.real.tolist()]
     for state in cache.states:
-        state.history = history
+        state.history = history.to(state.history.device)
         for row, row_pads in zip(state.rows, pads, strict=True):
             row.feed(num_tokens, row_pads, state.settings.segment_length)
 

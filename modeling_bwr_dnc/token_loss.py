@@ -11,6 +11,8 @@ computed once, and the backward pass holds none.
 Shapes: `N` tokens, `V` ids, `W` width of the hidden states.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -75,6 +77,13 @@ def _sum(first: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:
     return second if first is None else first + second
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type of autocast on a kind of device; None where it is off, or there is none."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def summed_cross_entropy(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
@@ -90,8 +99,9 @@ def summed_cross_entropy(
     float32.
     """
     device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
+    wanted = autocast_dtype(device)
+    dtype = wanted or weight.dtype
+    with nullcontext() if wanted is None else torch.autocast(device, enabled=False):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
         options = (chunk_length, keeps_logits, torch.is_grad_enabled())
         total, logits = LinearCrossEntropy.apply(flat, weight.to(dtype), labels.reshape(-1), *options)

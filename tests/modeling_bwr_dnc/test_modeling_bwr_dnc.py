@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_import_files
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -19,6 +20,7 @@ from modeling_bwr_dnc import (
     BwrDncForTokenClassification,
     StateBankCache,
 )
+from tests.modeling_bwr_dnc.builders import overflowing_length, tiny_config, tiny_model, token_ids
 from tests.modeling_bwr_dnc.test_state_bank import read, small_model
 
 SURFACE = Path(modeling_bwr_dnc.__file__).with_name("modeling_bwr_dnc.py")
@@ -299,3 +301,28 @@ def test_angles_are_those_of_llama(start):
     cos, sin = model.model.rotary_emb.table(hidden_states, start + 50).range(start, start + 50)
     theirs = llama(hidden_states, torch.arange(start, start + 50)[None])
     assert torch.equal(cos, theirs[0][0]) and torch.equal(sin, theirs[1][0])
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_layers_may_be_spread_over_devices(with_gradient):
+    """As `device_map="auto"` does with two GPUs; here the second device holds shapes only, and refuses what lies on the first."""
+    model = tiny_model(tiny_config(num_hidden_layers=3, layer_types=["state_bank_attention"] * 3))
+    devices = ["cpu", "meta", "meta"]
+    for layer, device in zip(model.model.layers, devices, strict=True):
+        hook = AlignDevicesHook(execution_device=device, skip_keys=model._skip_keys_device_placement)
+        add_hook_to_module(layer.to(device), hook)
+    for module in (model.model.norm, model.lm_head):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="meta"))
+        module.weight = torch.nn.Parameter(torch.empty(module.weight.shape, device="meta"))
+    length = overflowing_length(model.config)
+    ids = token_ids(2 * length).view(2, length)
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0
+    with torch.set_grad_enabled(with_gradient):
+        for mask in (None, padded):
+            output = model(ids, attention_mask=mask, use_cache=True)
+            cache = model(ids[:, :1], past_key_values=output.past_key_values).past_key_values
+            assert output.logits.device.type == "meta" and output.logits.shape[:2] == ids.shape
+            assert [state.keys.device.type for state in cache.states] == devices
+            assert [state.history.device.type for state in cache.states] == devices
+    assert output.logits.requires_grad == with_gradient
