@@ -128,7 +128,7 @@ class Call:
     rotary: RotaryTable
     sequences: list[Sequences]
     token_ids: torch.Tensor  # [B, T], -1 where unknown
-    settings: dict[str, BankSettings]  # by layer type
+    settings: list[BankSettings]  # of each layer
     use_salience: bool
     use_routing: bool
     keeps_state: bool

@@ -71,7 +71,7 @@ class BwrDncConfig(PreTrainedConfig):
             Neighbouring tokens, an odd number, over which salience is averaged when slots are retained; 1 means none.
         salience_boost (`float`, defaults to 0.0):
             How often salience above 0 counts beside once when slots are retained.
-        attention_boost (`float`, defaults to 0.0):
+        attention_boost (`float` or `list[float]` by layer, defaults to 0.0):
             Attention logit that salient slots gain, times the pressure (0 until the first token is dropped): none at a (pooled)
             salience of 0, rising to all of it at `salience_scale`. No gradient flows through it.
         salience_scale (`float`, defaults to 1.0):
@@ -129,7 +129,7 @@ class BwrDncConfig(PreTrainedConfig):
     usage_weight: int | float = 1.0
     salience_pooling: int = 1
     salience_boost: int | float = 0.0
-    attention_boost: int | float = 0.0
+    attention_boost: int | float | list[int | float] = 0.0
     salience_scale: int | float = 1.0
     recency_weight: int | float = 0.0
     retention_score: str = "salience"
@@ -247,9 +247,17 @@ class BwrDncConfig(PreTrainedConfig):
             self.salience_pooling,
             "be an odd number of tokens, so that it has a middle (1 means none)",
         )
-        for name in ("salience_boost", "attention_boost", "recency_weight"):
+        for name in ("salience_boost", "recency_weight"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), name, value, "be a number of at least 0 (0 means none)")
+        is_list = isinstance(self.attention_boost, list)
+        boosts = self.attention_boost if is_list else [self.attention_boost] * self.num_hidden_layers
+        require(
+            len(boosts) == self.num_hidden_layers and all(0 <= boost < float("inf") for boost in boosts),
+            "attention_boost",
+            self.attention_boost,
+            f"be a number of at least 0 (0 means none), or a list of one for each of the {self.num_hidden_layers} layers",
+        )
         require(0 < self.salience_scale < float("inf"), "salience_scale", self.salience_scale, "be a number above 0")
         require(
             self.retention_score in RETENTION_SCORES,

@@ -35,7 +35,7 @@ MASKED = -1e4
 
 @dataclass(frozen=True)
 class BankSettings:
-    """Run-time settings of the layers of one type; see `BwrDncConfig` for their meaning."""
+    """Run-time settings of a layer; see `BwrDncConfig` for their meaning."""
 
     segment_length: int
     num_sink_tokens: int

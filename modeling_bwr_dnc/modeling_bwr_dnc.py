@@ -252,12 +252,13 @@ class SinkWindowAttention(nn.Module):
         """
         shape = hidden_states.shape[:2]
         call = call.on(hidden_states.device)
-        settings = call.settings[self.layer_type]
+        settings = call.settings[self.layer_idx]
         if state is None:
             state = self._empty_state(settings, shape[0], hidden_states)
         else:
             if state.settings != settings:
-                state = replace(state, settings=settings)
+                # Working copies were made with the former ones.
+                state = replace(state, settings=settings, **dict.fromkeys(BankState.DERIVED))
             state = refreshed(state, call.rotary)
         conv_inputs = {}
         if self.short_conv is not None:
@@ -563,8 +564,8 @@ class BwrDncModel(BwrDncPreTrainedModel):
         )
 
 
-def bank_settings(config: BwrDncConfig, use_memory: bool) -> dict[str, BankSettings]:
-    """Run-time settings by layer type."""
+def bank_settings(config: BwrDncConfig, use_memory: bool) -> list[BankSettings]:
+    """Run-time settings of each layer."""
     window = BankSettings(
         segment_length=config.segment_length,
         num_sink_tokens=config.num_sink_tokens,
@@ -575,13 +576,17 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> dict[str, BankSetti
         usage_weight=float(config.usage_weight),
         salience_pooling=config.salience_pooling,
         salience_boost=float(config.salience_boost),
-        attention_boost=float(config.attention_boost),
         salience_scale=float(config.salience_scale),
         recency_weight=float(config.recency_weight),
         retention_score=config.retention_score,
     )
     bank = replace(window, memory_slots=tuple(config.memory_slots)) if use_memory else window
-    return {"sink_window_attention": window, "state_bank_attention": bank}
+    by_type = {"sink_window_attention": window, "state_bank_attention": bank}
+    settings, boosts = [by_type[layer_type] for layer_type in config.layer_types], config.attention_boost
+    if not boosts:
+        return settings
+    boosts = boosts if isinstance(boosts, list) else [boosts] * len(settings)
+    return [replace(one, attention_boost=boost) for one, boost in zip(settings, boosts, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Teach the memory of a converted model what to keep: fit its salience heads, and write them as a small memory adapter.
 
 The weights of the source stay as they are. The model reads the texts once, with facts hidden in them that do not belong there; in
-every layer, what tells the two apart becomes salience (modeling_bwr_dnc/retrofit/salience.py). No gradients, no optimizer. The settings given here go into
-the adapter, and with it into the models that it is put into.
+every layer, what tells the two apart becomes salience, without gradients (modeling_bwr_dnc/retrofit/salience.py). Then one number
+per layer, how much more attention a salient slot gets, is fitted with gradients through questions and prose
+(modeling_bwr_dnc/retrofit/boost.py). The settings go into the adapter, and with it into the models that it is put into.
 
 Examples:
   python -m scripts.train_memory --model demo_output/model --output memory.safetensors
@@ -18,8 +19,8 @@ from tqdm import tqdm
 
 from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
 from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
-from modeling_bwr_dnc.retrofit import fit_salience
-from scripts.command_line import check_output, load_model, run
+from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_salience
+from scripts.command_line import check_least, check_output, load_model, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,10 +44,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--boost", type=float, default=100.0, help="how often salience above 0 counts beside once (100)"
     )
     parser.add_argument(
-        "--attention-boost",
+        "--boost-steps",
+        type=int,
+        default=40,
+        help="steps of fitting the attention that salient slots gain; 0: none (40)",
+    )
+    parser.add_argument(
+        "--prose-weight",
         type=float,
-        default=2.0,
-        help="attention logit that slots gain whose salience is --scale or more (2)",
+        default=4.0,
+        help="of the loss of prose beside that of answers, in these steps (4)",
     )
     parser.add_argument(
         "--recency",
@@ -61,19 +68,20 @@ def build_parser() -> argparse.ArgumentParser:
 def train_memory(arguments: argparse.Namespace) -> None:
     if Path(arguments.output).exists():
         raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
+    check_least(arguments, boost_steps=0)
     check_output(Path(arguments.output).parent)
     model, tokenizer = load_model(arguments.model)
     model.config.salience_pooling = arguments.pooling
     model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
     if arguments.tokens < 1 or not 0 < arguments.scale < float("inf"):
         raise ValueError(f"--tokens is {arguments.tokens} and --scale {arguments.scale}, but both must be positive")
-    model.config.attention_boost, model.config.salience_scale = arguments.attention_boost, arguments.scale
+    model.config.attention_boost, model.config.salience_scale = 0.0, arguments.scale
     if arguments.memory_slots is not None:
         model.config.memory_slots = arguments.memory_slots
     model.config.validate_architecture()
-    model.config.attention_boost = 0.0  # until the heads are what they are to be
     texts = [read_text_file(path) for path in arguments.text] or [python_manual()]
-    tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: arguments.tokens] for text in texts]
+    all_tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+    tokens = [token_ids[: arguments.tokens] for token_ids in all_tokens]
     begin = time.monotonic()
     with tqdm(total=sum(map(len, tokens)), unit="tok", desc="reading", delay=1) as progress:
 
@@ -85,7 +93,24 @@ def train_memory(arguments: argparse.Namespace) -> None:
         gaps = fit_salience(
             model, tokenizer, tokens, seed=arguments.seed, scale=arguments.scale, on_progress=on_progress
         )
-    model.config.attention_boost = arguments.attention_boost
+    if arguments.boost_steps:
+        with tqdm(total=arguments.boost_steps, unit="step", desc="fitting the boosts", delay=1) as progress:
+
+            def on_step(step: int, answers: float, prose: float) -> None:
+                progress.set_postfix(answers=f"{answers:.2f}", prose=f"{prose:.2f}")
+                progress.update()
+
+            boosts = fit_attention_boost(
+                model,
+                tokenizer,
+                all_tokens,
+                seed=arguments.seed,
+                num_steps=arguments.boost_steps,
+                prose_weight=arguments.prose_weight,
+                on_step=on_step,
+            )
+        print("attention that salient slots gain, in logits, by layer:")
+        print("  " + "  ".join(f"{layer}: {boost:.2f}" for layer, boost in enumerate(boosts)))
     names = save_memory_adapter(model, arguments.output)
     print("how far facts stand out, in standard deviations of ordinary text, by layer:")
     print("  " + "  ".join(f"{layer}: {gap:.1f}" for layer, gap in gaps.items()))

@@ -85,15 +85,15 @@ def near_constant(text: Moments, ridge: float) -> tuple[torch.Tensor, float]:
 
 def text_with_facts(
     tokenizer: PreTrainedTokenizerBase, token_ids: list[int], draw: random.Random, gap: tuple[int, int]
-) -> tuple[list[int], list[bool]]:
-    """`token_ids` with a new fact at the end of a sentence every `gap` tokens (least and most), and which tokens are facts'."""
+) -> tuple[list[int], list[bool], list[Fact]]:
+    """`token_ids` with a new fact at the end of a sentence every `gap` tokens (least and most), which tokens are facts', and the facts."""
     places: dict[int, Fact] = {}
     place = draw.randrange(*gap)
     for end in sentence_ends(tokenizer, token_ids):
         if end >= place:
             places[end] = make_fact(draw)
             place = end + draw.randrange(*gap)
-    return hide_facts(tokenizer, token_ids, places)
+    return *hide_facts(tokenizer, token_ids, places), list(places.values())
 
 
 # Told of a layer, the place of a block of tokens in the text, its inputs [T, F] to the salience head, and its salience [T].
@@ -164,7 +164,7 @@ def fit_salience(
     if not heads:
         raise ValueError("the model has no 'state_bank_attention' layer, so there is no salience to fit")
     prepared = [
-        text_with_facts(tokenizer, token_ids, random.Random(f"{seed} {number}"), gap)
+        text_with_facts(tokenizer, token_ids, random.Random(f"{seed} {number}"), gap)[:2]
         for number, token_ids in enumerate(texts)
     ]
     num_fact_tokens = sum(sum(is_fact) for _, is_fact in prepared)

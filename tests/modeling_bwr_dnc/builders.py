@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM, StateBankCache
+from modeling_bwr_dnc.modeling_bwr_dnc import bank_settings
 from modeling_bwr_dnc.reference import Entry, naive_state_bank_attention
 
 VOCABULARY = 61
@@ -90,7 +91,7 @@ def random_config(seed: int, max_segment: int = 12, max_slots: int = 20, **fixed
         "usage_weight": draw.choice([1.0, 5.0]),
         "salience_pooling": draw.choice([1, 1, 3, 9, 31]),
         "salience_boost": draw.choice([0.0, 0.0, 3.0]),
-        "attention_boost": draw.choice([0.0, 2.0]),
+        "attention_boost": draw.choice([0.0, 2.0, [draw.uniform(0, 3) for _ in range(num_layers)]]),
         "salience_scale": draw.choice([0.5, 1.0, 3.0]),
         "recency_weight": draw.choice([0.0, 0.0, 20.0]),
     }
@@ -213,7 +214,7 @@ def _reference_attention(attention, inputs, ids, inv_freq, kind, config):
         usage_weight=config.usage_weight,
         salience_pooling=config.salience_pooling,
         salience_boost=config.salience_boost,
-        attention_boost=config.attention_boost,
+        attention_boost=bank_settings(config, True)[attention.layer_idx].attention_boost,
         salience_scale=config.salience_scale,
         recency_weight=config.recency_weight,
     )

@@ -44,6 +44,7 @@ def model():
         ({"salience_pooling": 4}, "salience_pooling"),
         ({"salience_boost": -1.0}, "salience_boost"),
         ({"attention_boost": float("inf")}, "attention_boost"),
+        ({"attention_boost": [1.0]}, "attention_boost"),
         ({"salience_scale": 0}, "salience_scale"),
         ({"recency_weight": -0.1}, "recency_weight"),
         ({"memory_position": "nowhere"}, "memory_position"),

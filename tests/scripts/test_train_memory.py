@@ -8,17 +8,17 @@ from scripts import convert, train_memory
 
 def test_an_adapter_goes_into_a_conversion(call, tiny_source, tiny_model, tmp_path):
     adapter = tmp_path / "memory.safetensors"
-    code, output, errors = call(
-        train_memory, "--model", tiny_model, "--output", adapter, "--tokens", 3000, "--pooling", 5
-    )
-    assert code == 0 and "by layer" in output, errors
+    options = ("--tokens", 3000, "--pooling", 5, "--boost-steps", 2)
+    code, output, errors = call(train_memory, "--model", tiny_model, "--output", adapter, *options)
+    assert code == 0 and "attention that salient slots gain, in logits, by layer" in output, errors
     code, output, errors = call(
         convert, "--source", tiny_source, "--output", tmp_path / "model", "--memory-adapter", adapter
     )
     assert code == 0 and "from the memory adapter" in output, errors
     model = BwrDncForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.salience_pooling == 5
-    assert model.config.attention_boost == 2.0 and model.config.salience_scale == 0.001
+    assert len(model.config.attention_boost) == model.config.num_hidden_layers and all(model.config.attention_boost)
+    assert model.config.salience_scale == 0.001
     for name, tensor in load_file(adapter).items():
         assert tensor.any() and tensor.equal(model.state_dict()[name])
 

@@ -59,7 +59,7 @@ def model():
 
 
 def test_fitted_salience_keeps_new_facts(model, tokenizer, manual):
-    text, is_fact = text_with_facts(tokenizer, manual[12_000:14_000], random.Random("other facts"), (40, 160))
+    text, is_fact, _ = text_with_facts(tokenizer, manual[12_000:14_000], random.Random("other facts"), (40, 160))
 
     def kept(model) -> float:
         """Share of the slots, of all layers and heads, that hold a token of a fact."""
