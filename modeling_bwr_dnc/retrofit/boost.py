@@ -32,7 +32,7 @@ def fit_attention_boost(
     num_questions: int = 4,
     num_prose: int = 256,
     prose_weight: float = 4.0,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.15,
     start: float = 1.0,
     on_step: Callable[[int, float, float], object] | None = None,
 ) -> list[float]:

@@ -114,6 +114,13 @@ def test_full_attention_is_a_model_whose_slots_never_overflow(model, input_ids):
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_controls_pay_no_more_attention_to_what_is_salient(model):
+    for policy in set(POLICIES) - {PINNED}:
+        boosted = policy_settings(model, policy, 70).get("attention_boost", "as it is")
+        by_salience = policy in ("memory", "full", "window", "three_levels", "score:salience")
+        assert boosted == ("as it is" if by_salience else 0.0), policy
+
+
 def test_settings_come_back_after_an_error(model):
     before = model.config.to_dict()
     with pytest.raises(RuntimeError), settings_changed(model, memory_slots=[1, 0, 0], use_memory=False):
