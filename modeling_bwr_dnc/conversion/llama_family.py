@@ -109,6 +109,11 @@ def source_window(config: PreTrainedConfig) -> int | None:
     return window
 
 
+# Slots of a converted model, all raw: at as many bytes, levels without a trained compressor answered no more facts and predicted
+# prose worse (model_cards/results/smollm2_memory_cpu_202611.md).
+RAW_SLOTS = 768
+
+
 def converted_config(
     source: PreTrainedConfig,
     segment_length: int | None = None,
@@ -120,7 +125,8 @@ def converted_config(
     """The BWR-DNC config that computes what `source` computes, until the bank overflows.
 
     Args:
-        segment_length, num_sink_tokens, memory_slots: the memory budget; `None` takes the default of `BwrDncConfig`.
+        segment_length, num_sink_tokens: `None` takes the default of `BwrDncConfig`.
+        memory_slots: `None` makes `RAW_SLOTS` raw ones, or less to fit the trained positions.
         layer_types: pattern of "bank" and "window", repeated over the layers; `None` makes every layer a bank layer.
         allow_sliding_window: convert a source whose own sliding window is shorter than `lossless_length`; the result
             sees more than its source does and equals it only within that window.
@@ -137,6 +143,9 @@ def converted_config(
     if layer_types is not None:
         fields["layer_types"] = parse_layer_types(layer_types, source.num_hidden_layers)
     config = BwrDncConfig(**fields)
+    if memory_slots is None:
+        room = config.max_position_embeddings - config.num_sink_tokens - 2 * config.segment_length
+        config.memory_slots = [max(0, min(RAW_SLOTS, room)), 0, 0]
 
     window = source_window(source)
     if window is not None and window < config.lossless_length and not allow_sliding_window:
