@@ -71,10 +71,13 @@ class BwrDncRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = hidden_states.dtype
-        if not torch.is_grad_enabled() and dtype == self.weight.dtype == torch.float32:
-            # The same numbers in fewer steps, which is 5% of the time of a decoded token; no faster with gradients.
-            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
-        hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        is_single = dtype == self.weight.dtype == torch.float32
+        hidden_states = hidden_states if is_single else hidden_states.to(torch.promote_types(dtype, torch.float32))
+        if not torch.is_grad_enabled():
+            # The same numbers in fewer steps, which is 4% of the time of a decoded token; no faster with gradients.
+            if is_single:
+                return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+            return self.weight * F.rms_norm(hidden_states, self.weight.shape, eps=self.eps).to(dtype)
         variance = hidden_states.square().mean(-1, keepdim=True)
         return self.weight * (hidden_states * torch.rsqrt(variance + self.eps)).to(dtype)
 
@@ -379,8 +382,6 @@ class StateBankAttention(SinkWindowAttention):
         return self.memory.compressor, call.use_routing
 
     def _memory_logits(self, hidden_states, call):
-        if call.use_salience and call.use_routing:
-            return self.memory.salience(hidden_states), self.memory.routing(hidden_states) + COMPLEXITY_SHIFT
         salience, complexity = super()._memory_logits(hidden_states, call)
         if call.use_salience:
             salience = self.memory.salience(hidden_states)
@@ -415,9 +416,11 @@ class BwrDncDecoderLayer(GradientCheckpointingLayer):
         layer: StateBankLayer | None = None,
     ) -> tuple[torch.Tensor, BankState | None]:
         attended, _, state = self.self_attn(self.input_layernorm(hidden_states), call, state, layer)
-        hidden_states = hidden_states + (self.dropout(attended) if self.training else attended)
+        # Asked of the dropout itself: it may be switched on alone (Monte Carlo dropout); off, a call of it is not free.
+        has_dropout = self.dropout.training
+        hidden_states = hidden_states + (self.dropout(attended) if has_dropout else attended)
         mixed = self.mlp(self.post_attention_layernorm(hidden_states), self.gradient_checkpointing and self.training)
-        return hidden_states + (self.dropout(mixed) if self.training else mixed), state
+        return hidden_states + (self.dropout(mixed) if has_dropout else mixed), state
 
 
 class BwrDncRotaryEmbedding(LlamaRotaryEmbedding):
@@ -566,6 +569,7 @@ class BwrDncModel(BwrDncPreTrainedModel):
 
 def bank_settings(config: BwrDncConfig, use_memory: bool) -> list[BankSettings]:
     """Run-time settings of each layer."""
+    boosts = config.attention_boost
     window = BankSettings(
         segment_length=config.segment_length,
         num_sink_tokens=config.num_sink_tokens,
@@ -576,17 +580,17 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> list[BankSettings]:
         usage_weight=float(config.usage_weight),
         salience_pooling=config.salience_pooling,
         salience_boost=float(config.salience_boost),
+        attention_boost=0.0 if isinstance(boosts, list) else float(boosts),
         salience_scale=float(config.salience_scale),
         recency_weight=float(config.recency_weight),
         retention_score=config.retention_score,
     )
     bank = replace(window, memory_slots=tuple(config.memory_slots)) if use_memory else window
     by_type = {"sink_window_attention": window, "state_bank_attention": bank}
-    settings, boosts = [by_type[layer_type] for layer_type in config.layer_types], config.attention_boost
-    if not boosts:
-        return settings
-    boosts = boosts if isinstance(boosts, list) else [boosts] * len(settings)
-    return [replace(one, attention_boost=boost) for one, boost in zip(settings, boosts, strict=True)]
+    settings = [by_type[layer_type] for layer_type in config.layer_types]
+    if isinstance(boosts, list):
+        settings = [replace(one, attention_boost=boost) for one, boost in zip(settings, boosts, strict=True)]
+    return settings
 
 
 # ---------------------------------------------------------------------------------------------------------------------

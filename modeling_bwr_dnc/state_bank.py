@@ -945,13 +945,7 @@ def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
         raise ValueError(
             f"The state has layers {kinds}, but the model has {config.layer_types}; use the model that made it."
         )
-    # Asked once: configs answer slowly, and this runs for every token.
-    wanted = {
-        name: getattr(config, name)
-        for name in (
-            "segment_length", "num_sink_tokens", "num_key_value_heads", "head_dim", "num_attention_heads", "short_conv_kernel",
-        )
-    }  # fmt: skip
+    wanted: dict = {}
     for index, state in enumerate(cache.states):
         found = {
             "segment_length": state.settings.segment_length,
@@ -961,6 +955,8 @@ def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
             "num_attention_heads": state.queries.shape[1],
             "short_conv_kernel": state.conv_reach + 1 if state.conv_inputs.shape[1] else 0,
         }
+        # Asked once: configs answer slowly, and this runs for every token.
+        wanted = wanted or {name: getattr(config, name) for name in found}
         if found != wanted:
             name = next(name for name in found if found[name] != wanted[name])
             raise ValueError(

@@ -138,8 +138,7 @@ def recalled(
         cache = memory_of(model, text, pinned)
     answers = []
     for fact in facts:
-        question = tokenizer(fact.prompt, add_special_tokens=False).input_ids
-        answer = tokenizer(" " + fact.answer, add_special_tokens=False).input_ids
+        question, answer = fact.token_ids(tokenizer)
         asked = torch.tensor([question + answer], device=model.device)
         logits = model(asked, past_key_values=cache.clone(), use_cache=True).logits[0, len(question) - 1 : -1]
         answers.append((logits.argmax(-1).tolist(), answer))

@@ -69,21 +69,22 @@ def fit_attention_boost(
             begin = draw.randrange(len(token_ids) - length - num_prose + 1)
             stretch, after = token_ids[begin : begin + length], token_ids[begin + length : begin + length + num_prose]
             text, _, facts = text_with_facts(tokenizer, stretch, draw, gap)
-            _set_boosts(model, F.softplus(raw.detach()))
+            boosts = F.softplus(raw)
+            # A leaf, in which the gradients of all losses of this step add up.
+            seen = boosts.detach().requires_grad_()
+            _set_boosts(model, seen)
             with torch.no_grad():
                 *_, (_, _, memory) = read_blocks(model, torch.tensor([text[:-1]]))
-            _set_boosts(model, F.softplus(raw))
             prose = _loss(model, memory, [text[-1], *after], len(after))
             (prose_weight * prose).backward()
             answers = 0.0
             asked = draw.sample(facts, min(num_questions, len(facts)))
             for fact in asked:
-                _set_boosts(model, F.softplus(raw))
-                question = tokenizer(fact.prompt, add_special_tokens=False).input_ids
-                answer = tokenizer(" " + fact.answer, add_special_tokens=False).input_ids
+                question, answer = fact.token_ids(tokenizer)
                 loss = _loss(model, memory, [text[-1], *question, *answer], len(answer))
                 (loss / len(asked)).backward()
                 answers += loss.item() / len(asked)
+            boosts.backward(seen.grad)
             optimizer.step()
             optimizer.zero_grad()
             if on_step is not None:

@@ -236,6 +236,11 @@ class Fact:
         """The question as it is put to a model, and the beginning of the answer."""
         return f"\n\nQuestion: {self.question}\nAnswer: {self.stem}"
 
+    def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, and of the answer that goes on from it."""
+        prompt, answer = tokenizer([self.prompt, " " + self.answer], add_special_tokens=False).input_ids
+        return prompt, answer
+
     @classmethod
     def parse(cls, template: str, choose: Callable[[str], str]) -> "Fact":
         """From `sentence with {names} and its [answer] | question`; a name stands for the same in all places."""
