@@ -871,7 +871,8 @@ class BankReader:
                     stacked([getattr(s, name) for s in group]) for name in ("mass", "level", "salience")
                 )
                 bias = unstrung(slots.bias(index), len(group))
-                pressures = mass.new_tensor([row_pressure(s.row, settings) for s in group], dtype=bias.dtype)
+                # Filled on the device: a list would be copied there, and the host would wait for it.
+                pressures = torch.stack([bias.new_full((), row_pressure(s.row, settings)) for s in group])
                 pressures = pressures.repeat(len(mass) // len(group))[:, None, None]
                 num_sinks, gates = num_prefix - row.num_slots, None
                 key_bias = prefix_bias(mass, bias, salience, pressures, num_sinks, settings)

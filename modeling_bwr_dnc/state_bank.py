@@ -269,9 +269,8 @@ def extend_history(
     Args: `history` [B] int64, `token_ids` [B, T] int64, `is_real` [B, T] bool (None: all). Returns [B] int64.
     """
     num_tokens = token_ids.shape[1]
-    powers = torch.full((num_tokens + 1,), _signed(HASH_BASE), dtype=torch.int64, device=token_ids.device)
-    powers[0] = 1
-    powers = powers.cumprod(0)
+    powers = torch.full((num_tokens,), _signed(HASH_BASE), dtype=torch.int64, device=token_ids.device).cumprod(0)
+    powers = F.pad(powers, (1, 0), value=1)
     mixed = _mix(token_ids)
     if is_real is None:
         after = torch.arange(num_tokens - 1, -1, -1, device=token_ids.device)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_bwr_dnc import BwrDncForCausalLM, StateBankCache
 from modeling_bwr_dnc.evaluation.reading import check_text, read_text_file
-from modeling_bwr_dnc.loading import read_model, read_tokenizer
+from modeling_bwr_dnc.loading import first_line, read_model, read_tokenizer
 
 
 def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
@@ -39,19 +40,35 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
-def load_model(name: str) -> tuple[BwrDncForCausalLM, PreTrainedTokenizerBase]:
-    """A BWR-DNC model and its tokenizer, from a folder or the Hub."""
-    return load_bare_model(name), read_tokenizer(name)
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one, else cpu)")
 
 
-def load_bare_model(name: str) -> BwrDncForCausalLM:
-    """A BWR-DNC model that may have no tokenizer."""
+def check_device(name: str | None) -> torch.device:
+    """The device that is asked for; without a name CUDA's, if torch finds one. Raises `ValueError` for one that is not there."""
+    try:
+        device = torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device is {name!r}, which torch cannot use here: {first_line(error)}; use cpu") from error
+    if device.type == "meta":
+        raise ValueError("--device is 'meta', which holds no values to compute with; use cpu")
+    return device
+
+
+def load_model(name: str, device: str | None = None) -> tuple[BwrDncForCausalLM, PreTrainedTokenizerBase]:
+    """A BWR-DNC model and its tokenizer, from a folder or the Hub; see `load_bare_model`."""
+    return load_bare_model(name, device), read_tokenizer(name)
+
+
+def load_bare_model(name: str, device: str | None = None) -> BwrDncForCausalLM:
+    """A BWR-DNC model that may have no tokenizer; for `device` see `check_device`."""
     path = Path(name)
     if not path.is_dir() and (path.exists() or path.is_absolute() or name.count("/") != 1):
         raise ValueError(f"no model folder at {name}; convert a model first (python -m scripts.convert --help)")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{name} is no model folder (it holds no config.json)")
-    return read_model(name).eval()
+    place = check_device(device)
+    return read_model(name).to(place).eval()
 
 
 def check_output(place: str | Path) -> None:
@@ -78,11 +95,11 @@ def check_least(arguments: argparse.Namespace, **least: int) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} is {each}, but must be at least {bound}")
 
 
-def load_state(folder: str, model: BwrDncForCausalLM | None = None) -> StateBankCache:
-    """A saved StateBank, checked against the model that will read it."""
+def load_state(folder: str, model: BwrDncForCausalLM) -> StateBankCache:
+    """A saved StateBank, checked against the model that will read it, and on its device."""
     if not Path(folder).is_dir():
         raise ValueError(f"no state folder at {folder}; scripts.generate --state writes one")
-    return StateBankCache.from_pretrained(folder, config=None if model is None else model.config)
+    return StateBankCache.from_pretrained(folder, config=model.config, device=model.device)
 
 
 def gather_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -32,6 +32,8 @@ PACKAGE = Path(modeling_bwr_dnc.__file__).parent
 CARDS = Path(__file__).parent.parent / "model_cards"
 CARD = CARDS / "smollm2-135m-instruct-bwr-dnc.md"
 ADAPTER = CARDS / "smollm2-135m-instruct-memory.safetensors"
+# Two processes are compared, here and by the reader: a CPU says the same twice.
+DEVICE = "cpu"
 GREEDY: dict = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 QUESTION = "What is the capital of France?"
 # Hidden in the text that is read, far from its end, and asked for there.
@@ -79,7 +81,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
     heading("1. A pretrained model, converted")
     prepare_model(folder)
-    model, tokenizer = load_model(str(folder))
+    model, tokenizer = load_model(str(folder), DEVICE)
 
     heading("2. Reading a text much longer than its memory")
     ids = text_with_fact(tokenizer, arguments.num_tokens)
@@ -103,7 +105,7 @@ def demo(arguments: argparse.Namespace) -> None:
     ask_for_fact(model, tokenizer, ids, cache)
 
     heading("4. A chat question, through the ordinary pipeline")
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device=DEVICE)
     turns = generator([{"role": "user", "content": QUESTION}], max_new_tokens=40, do_sample=False)[0]["generated_text"]
     print("\n".join(f"{turn['role']}: {turn['content']}" for turn in turns))
 
@@ -176,7 +178,7 @@ def resume_elsewhere(model, tokenizer, cache, folder: Path, state: Path) -> None
         "--state",
         str(state.resolve()),
     ]
-    command += ["--prompt", RESUMED_PROMPT, "--max-new-tokens", "32"]
+    command += ["--prompt", RESUMED_PROMPT, "--max-new-tokens", "32", "--device", DEVICE]
     there = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     if there.returncode != 0:
         raise ValueError(f"the new process failed: {there.stderr.strip().splitlines()[-1]}")

@@ -35,7 +35,7 @@ from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
 from modeling_bwr_dnc.evaluation.recall import measure_budgets, measure_recall
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.tasks import TASKS, Passkey, Task, TextNeedle
-from scripts.command_line import check_least, check_output, load_bare_model, load_model, run
+from scripts.command_line import add_device, check_least, check_output, load_bare_model, load_model, run
 
 MEASURES = ("loss", "passkey", "needle", "facts", "budgets", "accuracy", "pairs")
 # Written beside a model that was trained on a task.
@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=8192,
         help="the longest text that full attention is measured on (its cost grows)",
     )
+    add_device(parser)
     return parser
 
 
@@ -95,9 +96,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     text_measures = [name for name in arguments.measures if name in ("loss", "passkey", "needle", "facts", "budgets")]
     if text_measures:
-        model, tokenizer = load_model(arguments.model)
+        model, tokenizer = load_model(arguments.model, arguments.device)
     else:
-        model, tokenizer = load_bare_model(arguments.model), None
+        model, tokenizer = load_bare_model(arguments.model, arguments.device), None
     if arguments.memory_slots is not None:
         model.config.memory_slots = arguments.memory_slots
         model.config.validate_architecture()

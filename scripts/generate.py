@@ -18,7 +18,7 @@ from transformers import TextStreamer
 
 from modeling_bwr_dnc import StateBankCache
 from modeling_bwr_dnc.evaluation.reading import chat_turn, close_chat_turn, continue_text, read_tokens
-from scripts.command_line import check_least, check_output, gather_prompt, load_model, load_state, run
+from scripts.command_line import add_device, check_least, check_output, gather_prompt, load_model, load_state, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument("--no-memory", action="store_true", help="sinks and window only, for comparison")
+    add_device(parser)
     return parser
 
 
@@ -51,7 +52,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.state is not None:
         check_output(arguments.state)
     text = gather_prompt(arguments.prompt, arguments.prompt_file)
-    model, tokenizer = load_model(arguments.model)
+    model, tokenizer = load_model(arguments.model, arguments.device)
     # A folder is left empty when its first memory could not be saved.
     is_first = arguments.state is None or not Path(arguments.state).exists() or not os.listdir(arguments.state)
     cache = StateBankCache(config=model.config) if is_first else load_state(arguments.state, model)

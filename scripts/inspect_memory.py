@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def inspect_memory(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
-    model, tokenizer = load_model(arguments.model)
+    model, tokenizer = load_model(arguments.model, "cpu")
     cache = load_state(arguments.state, model)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
 from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
 from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_salience
-from scripts.command_line import check_least, check_output, load_model, run
+from scripts.command_line import add_device, check_least, check_output, load_model, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="retention of a slot over one that is 1,024 tokens older (0.0004)",
     )
     parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="read with another budget: raw, 2x, 4x")
+    add_device(parser)
     return parser
 
 
@@ -70,7 +71,7 @@ def train_memory(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
     check_least(arguments, boost_steps=0)
     check_output(Path(arguments.output).parent)
-    model, tokenizer = load_model(arguments.model)
+    model, tokenizer = load_model(arguments.model, arguments.device)
     model.config.salience_pooling = arguments.pooling
     model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
     if arguments.tokens < 1 or not 0 < arguments.scale < float("inf"):

@@ -74,6 +74,8 @@ def test_bad_input_is_refused(assert_refused, tiny_model, tmp_path, monkeypatch)
     assert_refused("standard input is empty", generate, *model)
     assert_refused("no model folder at", generate, "--model", tmp_path / "nowhere", "--prompt", "x")
     assert_refused("no config.json", generate, "--model", tmp_path, "--prompt", "x")
+    for device in ("meta", "gpu", "cpu:x"):
+        assert_refused(f"--device is '{device}'", generate, *model, "--prompt", "x", "--device", device)
     assert_refused("at least 1", generate, *model, "--prompt", "x", "--max-new-tokens", 0)
     assert_refused("--temperature is nan", generate, *model, "--prompt", "x", "--temperature", "nan")
     assert_refused("--seed is", generate, *model, "--prompt", "x", "--seed", 2**64)
