@@ -42,8 +42,10 @@ from .memory_ops import (
     rotary_start,
     rotate,
     route_gates,
+    row_numbers,
     salience_bias,
     take_entries,
+    take_rows,
 )
 from .state_bank import BankState, RowState
 
@@ -214,7 +216,8 @@ class Pool:
     mass: torch.Tensor  # source tokens
 
     def take(self, index: torch.Tensor) -> "Pool":
-        return Pool(*(take_entries(tensor, index) for tensor in (self.keys, self.values, self.bias, self.mass)))
+        rows = row_numbers(index, self.keys.shape[2])
+        return Pool(*(take_rows(tensor, rows) for tensor in (self.keys, self.values, self.bias, self.mass)))
 
     def extended(self, pairs: torch.Tensor, compress: Compress) -> "Pool":
         """With the pairs [R, G, K, 2] of pool indices merged, at the end."""
@@ -436,10 +439,12 @@ class BankReader:
         entries, kept, slot_counts, plan = self._consolidated(state, num_sinks, plan)
         num_kept, candidates_end = len(entries), num_prefix + length
         rows = [replace(r, window_start=r.window_start + length, slot_counts=slot_counts) for r in state.rows]
-        newer = torch.arange(candidates_end, candidates_end + length, device=kept.device)
-        stays = torch.cat((kept, newer.expand(*kept.shape[:2], length)), dim=2)
-        room = (0, 0, 0, length)
-        keys, values = (F.pad(take_entries(tensor, stays), room) for tensor in (state.keys, state.values))
+        kept_rows = row_numbers(kept, state.keys.shape[2])
+        room = torch.zeros_like(state.keys[:, :, :length])
+        keys, values = (
+            torch.cat((take_rows(tensor, kept_rows), tensor[:, :, candidates_end:], room), dim=2)
+            for tensor in (state.keys, state.values)
+        )
         holes = None
         if state.holes is not None:
             holes = F.pad(state.holes[:, :, candidates_end:], (num_kept, length))

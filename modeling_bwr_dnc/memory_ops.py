@@ -94,7 +94,11 @@ class Entries:
 
     def take(self, index: torch.Tensor) -> "Entries":
         """Entries at `index` [B, G, K] along the entry dimension."""
-        return self.map(lambda tensor: take_entries(tensor, index))
+        return self.take_rows(row_numbers(index, len(self)))
+
+    def take_rows(self, rows: torch.Tensor) -> "Entries":
+        """Entries by their `row_numbers` [B, G, K] or, of pairs, [B, G, K, 2]."""
+        return self.map(lambda tensor: take_rows(tensor, rows))
 
     @staticmethod
     def cat(first: "Entries", second: "Entries") -> "Entries":
@@ -113,38 +117,32 @@ class Entries:
 ENTRY_COLUMNS = tuple(field.name for field in fields(Entries))
 
 
+def row_numbers(index: torch.Tensor, length: int) -> torch.Tensor:
+    """Where entries at `index` [B, G, ...] of a tensor [B, G, length, ...] are in its flattened form [B * G * length, ...]."""
+    first = torch.arange(0, index.shape[0] * index.shape[1] * length, length, device=index.device)
+    return index + first.view(*index.shape[:2], *(1,) * (index.dim() - 2))
+
+
+def take_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Entries of [B, G, N, ...] by their `row_numbers` [B, G, K] or, of pairs, [B, G, K, 2]."""
+    # Whole rows at once: several times faster on a CPU than `gather`, which goes by elements.
+    return tensor.flatten(0, 2).index_select(0, rows.flatten()).view(*rows.shape, *tensor.shape[3:])
+
+
 def take_entries(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Gather along dimension 2 of [B, G, N, ...] by an index [B, G, K] or, of pairs, [B, G, K, 2]."""
-    if tensor.dim() == 3:
-        return tensor.gather(2, index.flatten(2)).view(index.shape)
-    # Whole rows at once: several times faster on a CPU than `gather`, which goes by elements.
-    rows = row_numbers(tensor, index.flatten(2))
-    return tensor.flatten(0, 2).index_select(0, rows).view(*index.shape, *tensor.shape[3:])
+    return take_rows(tensor, row_numbers(index, tensor.shape[2]))
 
 
-def put_entries(tensor: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
-    """Write `values` [B, G, K, ...] at `index` [B, G, K] into a contiguous [B, G, N, ...]."""
-    if tensor.dim() == 3:
-        tensor.scatter_(2, index, values.to(tensor.dtype))
-    else:
-        tensor.view(-1, tensor.shape[-1]).index_copy_(
-            0, row_numbers(tensor, index), values.to(tensor.dtype).flatten(0, 2)
-        )
+def put_rows(tensor: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Write `values` [B, G, K, ...] to the `row_numbers` [B, G, K] of a contiguous [B, G, N, ...]."""
+    tensor.view(-1, *tensor.shape[3:]).index_copy_(0, rows.flatten(), values.to(tensor.dtype).flatten(0, 2))
 
 
 def add_entries(tensor: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
     """Add `values`, of the shape that `take_entries` gives, to the entries of a contiguous [B, G, N, ...] at `index`, repeats included."""
-    if tensor.dim() == 3:
-        tensor.scatter_add_(2, index.flatten(2), values.flatten(2))
-    else:
-        tensor.flatten(0, 2).index_add_(0, row_numbers(tensor, index.flatten(2)), values.flatten(0, -2))
-
-
-def row_numbers(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Where entries at `index` [B, G, K] of [B, G, N, ...] are in its flattened form [B * G * N, ...]."""
-    batch_size, num_groups, length = tensor.shape[:3]
-    first = torch.arange(batch_size * num_groups, device=index.device).view(batch_size, num_groups, 1) * length
-    return (index + first).flatten()
+    rows = row_numbers(index, tensor.shape[2]).flatten()
+    tensor.view(-1, *tensor.shape[3:]).index_add_(0, rows, values.flatten(0, index.dim() - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,11 +167,8 @@ def pooled_salience(salience: torch.Tensor, width: int) -> torch.Tensor:
 
 def merge_salience_bias(bias: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     """Carried bias [..., K] of pairs [..., K, 2]: its log-mean-exp weighted by mass, so that log(mass) + bias adds up."""
-
-    def log(mass):
-        return mass.clamp(min=1).to(bias.dtype).log()
-
-    return torch.logsumexp(bias + log(mass), dim=-1) - log(mass.sum(-1))
+    mass = mass.clamp(min=1).to(bias.dtype)
+    return torch.logsumexp(bias + mass.log(), dim=-1) - mass.sum(-1).log()
 
 
 def route_gates(complexity: torch.Tensor, settings: BankSettings) -> torch.Tensor:
@@ -213,9 +208,10 @@ def prefix_bias(
     """
     if settings.attention_boost:
         salience_bias = salience_bias + settings.attention_boost * (salience / settings.salience_scale).clamp(0, 1)
-    bias = mass.clamp(min=1).to(salience_bias.dtype).log() + pressure_value * salience_bias
-    is_sink = torch.arange(mass.shape[2], device=mass.device) < num_sinks
-    return bias.masked_fill(is_sink, 0.0).masked_fill(mass == 0, MASKED).clamp(min=MASKED)
+    bias = pressure_value * salience_bias
+    bias[:, :, :num_sinks] = 0
+    # The logarithm masks holes.
+    return (bias + mass.to(bias.dtype).log()).clamp(min=MASKED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,7 +553,7 @@ def consolidate(
     settings, entries = candidates.settings, candidates.entries
     counts = list(slot_counts)
     # The level that each candidate competes in.
-    level = entries.level.clone()
+    level = entries.level
     level[:, :, :num_sinks] = SINK
     source = None if plan is None else plan.source
     for lower, capacity in enumerate(settings.memory_slots):
@@ -588,8 +584,9 @@ def consolidate(
             plan.pairs[lower].append(take_entries(source, pairs))
             source = source.scatter(2, newer, torch.where(mergeable, index, source.gather(2, newer)))
     num_kept = num_sinks + sum(counts)
-    kept = (level == GONE).to(torch.int8).sort(dim=-1, stable=True).indices[:, :, :num_kept]
-    entries = replace(entries, level=level.clamp(min=0)).take(kept)
+    kept = (level == GONE).view(torch.int8).sort(dim=-1, stable=True).indices[:, :, :num_kept]
+    entries = entries.take(kept)
+    entries.level.clamp_(min=0)
     if source is not None:
         plan = Plan(source.gather(2, kept), plan.pairs)
     return entries, kept, tuple(counts), plan
@@ -602,25 +599,26 @@ def merge_in_place(candidates: Candidates, pairs: torch.Tensor, max_sources: int
     A merged pair takes the place of its newer part, so the order of time holds; what cannot be merged stays as it is. See `Entries`
     for the rules. Returns which pairs were merged, [B, G, K].
     """
-    entries, newer = candidates.entries, pairs[..., 1].contiguous()
-    parts = entries.take(pairs)
+    entries, all_keys, all_values = candidates.entries, candidates.all_keys, candidates.all_values
+    rows, wide_rows = (row_numbers(pairs, length) for length in (len(entries), all_keys.shape[2]))
+    parts = entries.take_rows(rows)
     mass, time = parts.mass, parts.time
     mergeable = ~parts.is_hole.any(-1) & (time[..., 1] - time[..., 0] <= candidates.settings.segment_length)
 
     def joined(sources):
         return F.pad(sources[..., :max_sources].flatten(-2), (0, MAX_SOURCES - 2 * max_sources), value=-1)
 
-    keys, values = take_entries(candidates.all_keys, pairs), take_entries(candidates.all_values, pairs)
+    keys, values = take_rows(all_keys, wide_rows), take_rows(all_values, wide_rows)
     merged_keys, merged_values = compress(keys, values, mass)
-    for column, old, merged in (
-        (entries.salience, parts.salience, parts.salience.amax(-1)),
-        (entries.salience_bias, parts.salience_bias, merge_salience_bias(parts.salience_bias, mass)),
-        (entries.usage, parts.usage, parts.usage.sum(-1)),
-        (entries.positions, parts.positions, joined(parts.positions)),
-        (entries.token_ids, parts.token_ids, joined(parts.token_ids)),
-        (candidates.all_keys, keys, merged_keys),
-        (candidates.all_values, values, merged_values),
+    for column, column_rows, old, merged in (
+        (entries.salience, rows, parts.salience, parts.salience.amax(-1)),
+        (entries.salience_bias, rows, parts.salience_bias, merge_salience_bias(parts.salience_bias, mass)),
+        (entries.usage, rows, parts.usage, parts.usage.sum(-1)),
+        (entries.positions, rows, parts.positions, joined(parts.positions)),
+        (entries.token_ids, rows, parts.token_ids, joined(parts.token_ids)),
+        (all_keys, wide_rows, keys, merged_keys),
+        (all_values, wide_rows, values, merged_values),
     ):
         chosen = mergeable if column.dim() == 3 else mergeable[..., None]
-        put_entries(column, newer, torch.where(chosen, merged, old[:, :, :, 1]))
+        put_rows(column, column_rows[..., 1], torch.where(chosen, merged, old[:, :, :, 1]))
     return mergeable
