@@ -584,21 +584,84 @@ class BankReader:
                 self.on_consolidation(state, list(range(len(state.rows))))
                 state, _ = self.begin_segment(state)
                 room = self.settings.segment_length
-            part = tokens.slice(start, min(start + room, len(tokens)))
-            self.append(state, part)
-            num_prefix, num_keys = state.num_prefix(), state.length()
-            first = rotary_start(num_keys - len(part), num_prefix, self.settings)
-            output, weight = self._attend(
-                rotate(part.queries, *self.call.rotary.range(first, first + len(part))),
-                state.rotated[:, :, :num_keys],
-                state.values[:, :, :num_keys],
-                self._biases(state, part.complexity, num_keys),
-            )
-            outputs.append(output)
-            weights.append(weight)
-            start += len(part)
+            count = self._segments_together(state, start)
+            if count > 1:
+                stop = start + count * room
+                outputs += self._read_segments(tokens.slice(start, stop), state)
+            else:
+                stop = min(start + room, len(tokens))
+                output, weight = self._read_stretch(tokens.slice(start, stop), state)
+                outputs.append(output)
+                weights.append(weight)
+            start = stop
             finished.note(start, state)
         return _joined(outputs), self._joined_weights(weights), finished.state()
+
+    def _read_stretch(self, tokens: Tokens, state: BankState):
+        """Output [R, H, T, D] and attention weights, or None, of tokens for which the window has room. In place."""
+        self.append(state, tokens)
+        num_prefix, num_keys = state.num_prefix(), state.length()
+        first = rotary_start(num_keys - len(tokens), num_prefix, self.settings)
+        return self._attend(
+            rotate(tokens.queries, *self.call.rotary.range(first, first + len(tokens))),
+            state.rotated[:, :, :num_keys],
+            state.values[:, :, :num_keys],
+            self._biases(state, tokens.complexity, num_keys),
+        )
+
+    def _segments_together(self, state: BankState, start: int) -> int:
+        """
+        Whole segments that `_read_segments` can read from token `start` on. The last before the end of a sequence is left out, so
+        that the state before the last consolidation exists.
+        """
+        row, length = state.rows[0], self.settings.segment_length
+        is_eager = self.call.eager or self.call.output_attentions
+        if any(self.settings.memory_slots) or state.holes is not None or is_eager:
+            return 0
+        if state.num_prefix() != self.settings.num_sink_tokens or row.seen - row.window_start != length:
+            return 0
+        end = min(count for count in self.counts if count > start)
+        return -(-(end - start) // length) - 1
+
+    def _read_segments(self, tokens: Tokens, state: BankState) -> tuple[torch.Tensor, ...]:
+        """
+        Outputs [R, H, S, D] of K > 1 whole segments, read as one batch by a layer without slots whose window holds one segment
+        before them. In place.
+        """
+        length, num_prefix = self.settings.segment_length, state.num_prefix()
+        count = len(tokens) // length
+        start = rotary_start(num_prefix, num_prefix, self.settings)
+        cos, sin = self.call.rotary.range(start, start + 2 * length)
+
+        def windows(held, new):
+            """[R, K, G, 2S, D]"""
+            both = torch.cat((held[:, :, num_prefix : num_prefix + length], new), dim=2)
+            return both.unfold(2, 2 * length, length).permute(0, 2, 1, 4, 3)
+
+        def with_sinks(held, windows):
+            """[R * K, G, N + 2S, D]"""
+            sinks = held[:, None, :, :num_prefix].expand(-1, count, -1, -1, -1)
+            return torch.cat((sinks, windows), dim=3).flatten(0, 1)
+
+        keys, values = windows(state.keys, tokens.keys), windows(state.values, tokens.values)
+        rotated = rotate(keys, cos, sin)
+        queries = tokens.queries.unflatten(2, (count, length)).transpose(1, 2)
+        output, _ = self._attend(
+            rotate(queries, cos[length:], sin[length:]).flatten(0, 1),
+            with_sinks(state.rotated, rotated),
+            with_sinks(state.values, values),
+            (None, None, None),
+        )
+        for held, last in ((state.keys, keys), (state.values, values), (state.rotated, rotated)):
+            held[:, :, num_prefix:] = last[:, -1]
+        state.window_salience[:] = tokens.salience[:, :, -2 * length :]
+        state.window_ids[:] = tokens.token_ids[:, -2 * length :]
+        state.queries[:] = tokens.queries[:, :, -length::QUERY_STRIDE]
+        state.complexity[:] = tokens.complexity[:, :, -length::QUERY_STRIDE]
+        for row in state.rows:
+            row.window_start += (count - 1) * length
+            row.seen += count * length
+        return output.unflatten(0, (-1, count)).unbind(1)
 
     def read_one_token(self, tokens: Tokens, state: BankState):
         """Like `read_in_place` for one token per active row, of rows that may stand at different positions."""

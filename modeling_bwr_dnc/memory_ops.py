@@ -15,7 +15,7 @@ before the window, `L` entries visible, `S` segment length, `Q` stored queries o
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
