@@ -34,6 +34,7 @@ from .memory_ops import (
     attention_weights,
     causal_mask,
     consolidate,
+    log_mass,
     merge_salience_bias,
     pooled_salience,
     prefix_bias,
@@ -222,8 +223,9 @@ class Pool:
     def extended(self, pairs: torch.Tensor, compress: Compress) -> "Pool":
         """With the pairs [R, G, K, 2] of pool indices merged, at the end."""
         parts = self.take(pairs)
-        keys, values = compress(parts.keys, parts.values, parts.mass)
-        added = (keys, values, merge_salience_bias(parts.bias, parts.mass), parts.mass.sum(-1))
+        weights = log_mass(parts.mass, parts.bias.dtype)
+        keys, values = compress(parts.keys, parts.values, weights)
+        added = (keys, values, merge_salience_bias(parts.bias, weights), parts.mass.sum(-1))
         mine = (self.keys, self.values, self.bias, self.mass)
         return Pool(*(torch.cat(pair, dim=2) for pair in zip(mine, added, strict=True)))
 
@@ -488,7 +490,7 @@ class BankReader:
         candidates_end = num_prefix + settings.segment_length
         usage = self.measure_usage(state)
         entered = self._leaving_entries(state, usage[:, :, num_prefix:], slice(num_prefix, candidates_end))
-        used = USAGE_DECAY * state.entries.usage + (1 - USAGE_DECAY) * usage[:, :, :num_prefix]
+        used = usage[:, :, :num_prefix].lerp(state.entries.usage, USAGE_DECAY)
         entries = Entries.cat(replace(state.entries, usage=used), entered)
         _, paired, quartered = row.slot_counts
         return consolidate(

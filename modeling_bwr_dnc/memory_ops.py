@@ -135,7 +135,7 @@ def take_entries(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def put_rows(tensor: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Write `values` [B, G, K, ...] to the `row_numbers` [B, G, K] of a contiguous [B, G, N, ...]."""
+    """Write `values` [B, G, K, ...] to the `row_numbers` [B, G, K] of a [B, G, N, ...] whose rows are evenly spaced."""
     tensor.view(-1, *tensor.shape[3:]).index_copy_(0, rows.flatten(), values.to(tensor.dtype).flatten(0, 2))
 
 
@@ -165,10 +165,14 @@ def pooled_salience(salience: torch.Tensor, width: int) -> torch.Tensor:
     return F.avg_pool1d(salience, width, stride=1, padding=width // 2, count_include_pad=False)
 
 
-def merge_salience_bias(bias: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+def log_mass(mass: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Logarithm of a number of source tokens, 0 for a hole."""
+    return mass.clamp(min=1).to(dtype).log()
+
+
+def merge_salience_bias(bias: torch.Tensor, log_mass: torch.Tensor) -> torch.Tensor:
     """Carried bias [..., K] of pairs [..., K, 2]: its log-mean-exp weighted by mass, so that log(mass) + bias adds up."""
-    mass = mass.clamp(min=1).to(bias.dtype)
-    return torch.logsumexp(bias + mass.log(), dim=-1) - mass.sum(-1).log()
+    return torch.logsumexp(bias + log_mass, dim=-1) - torch.logsumexp(log_mass, dim=-1)
 
 
 def route_gates(complexity: torch.Tensor, settings: BankSettings) -> torch.Tensor:
@@ -294,10 +298,9 @@ def additive_bias(
         return None
     bias = key_bias[:, :, None, None]  # [B, G, 1, 1, N]
     if gates is not None:
-        batch_size, num_groups, num_prefix = level.shape
-        gates = gates.unflatten(1, (num_groups, -1))  # [B, G, R, T, 2]
-        onehot = level_onehot(level, gates.dtype)[:, :, None].transpose(-1, -2)  # [B, G, 1, 2, N]
-        bias = bias + torch.matmul(gates, onehot)
+        gates = gates.unflatten(1, (level.shape[1], -1))  # [B, G, R, T, 2]
+        onehot = level_onehot(level, gates.dtype).transpose(-1, -2)  # [B, G, 2, N]
+        bias = bias + torch.matmul(gates.flatten(2, 3), onehot).unflatten(2, gates.shape[2:4])
     return F.pad(bias, (0, num_keys - bias.shape[-1]))
 
 
@@ -431,7 +434,7 @@ def _score_salience(candidates: Candidates) -> torch.Tensor:
     for which the salient outlasts that.
     """
     entries, settings = candidates.entries, candidates.settings
-    score = entries.salience + settings.usage_weight * entries.usage
+    score = torch.add(entries.salience, entries.usage, alpha=settings.usage_weight)
     if settings.salience_boost:
         score = score + settings.salience_boost * entries.salience.clamp(min=0)
     if settings.recency_weight:
@@ -509,7 +512,7 @@ def retention_scores(candidates: Candidates, noise_seed: int | None = None) -> t
 # Levels of candidates that compete in none.
 SINK, GONE = -1, -2
 
-# Keys and values [B, G, K, 2, D] and masses [B, G, K, 2] of K pairs, older first, to merged keys and values [B, G, K, D].
+# Keys and values [B, G, K, 2, D] and log masses [B, G, K, 2] of K pairs, older first, to merged keys and values [B, G, K, D].
 Compress = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -574,10 +577,9 @@ def consolidate(
         level.scatter_(2, demoted, lower + 1)
         pairs = demoted[:, :, : excess - excess % 2].unflatten(2, (-1, 2))
         older, newer = pairs.unbind(-1)
-        mergeable = merge_in_place(candidates, pairs, lower + 1, compress)
-        retained = take_entries(retention, pairs)
-        newer_stays = mergeable | (retained[..., 1] >= retained[..., 0])
-        level.scatter_(2, torch.where(newer_stays, older, newer), GONE)
+        is_newer_better = retention.gather(2, newer) >= retention.gather(2, older)
+        mergeable = merge_in_place(candidates, pairs, is_newer_better, lower + 1, compress)
+        level.scatter_(2, torch.where(mergeable | is_newer_better, older, newer), GONE)
         if source is not None:
             first_index = (Plan.LEVEL1, Plan.LEVEL2)[lower] + sum(pair.shape[2] for pair in plan.pairs[lower])
             index = torch.arange(first_index, first_index + newer.shape[2], device=source.device)
@@ -592,33 +594,31 @@ def consolidate(
     return entries, kept, tuple(counts), plan
 
 
-def merge_in_place(candidates: Candidates, pairs: torch.Tensor, max_sources: int, compress: Compress) -> torch.Tensor:
+def merge_in_place(
+    candidates: Candidates, pairs: torch.Tensor, is_newer_better: torch.Tensor, max_sources: int, compress: Compress
+) -> torch.Tensor:
     """
     Merge pairs of candidates, at `pairs` [B, G, K, 2], older first, whose parts hold at most `max_sources` source tokens each.
 
-    A merged pair takes the place of its newer part, so the order of time holds; what cannot be merged stays as it is. See `Entries`
-    for the rules. Returns which pairs were merged, [B, G, K].
+    A merged pair takes the place of its newer part, so the order of time holds. What cannot be merged is written too, over the
+    part that is to be forgotten, the worse one by `is_newer_better` [B, G, K]. See `Entries` for the rules. Returns which pairs
+    were merged, [B, G, K].
     """
     entries, all_keys, all_values = candidates.entries, candidates.all_keys, candidates.all_values
     rows, wide_rows = (row_numbers(pairs, length) for length in (len(entries), all_keys.shape[2]))
     parts = entries.take_rows(rows)
-    mass, time = parts.mass, parts.time
+    time = parts.time
     mergeable = ~parts.is_hole.any(-1) & (time[..., 1] - time[..., 0] <= candidates.settings.segment_length)
-
-    def joined(sources):
-        return F.pad(sources[..., :max_sources].flatten(-2), (0, MAX_SOURCES - 2 * max_sources), value=-1)
-
-    keys, values = take_rows(all_keys, wide_rows), take_rows(all_values, wide_rows)
-    merged_keys, merged_values = compress(keys, values, mass)
-    for column, column_rows, old, merged in (
-        (entries.salience, rows, parts.salience, parts.salience.amax(-1)),
-        (entries.salience_bias, rows, parts.salience_bias, merge_salience_bias(parts.salience_bias, mass)),
-        (entries.usage, rows, parts.usage, parts.usage.sum(-1)),
-        (entries.positions, rows, parts.positions, joined(parts.positions)),
-        (entries.token_ids, rows, parts.token_ids, joined(parts.token_ids)),
-        (all_keys, wide_rows, keys, merged_keys),
-        (all_values, wide_rows, values, merged_values),
-    ):
-        chosen = mergeable if column.dim() == 3 else mergeable[..., None]
-        put_rows(column, column_rows[..., 1], torch.where(chosen, merged, old[:, :, :, 1]))
+    is_at_newer = mergeable | ~is_newer_better
+    place, wide_place = (torch.where(is_at_newer, both[..., 1], both[..., 0]) for both in (rows, wide_rows))
+    weights = log_mass(parts.mass, parts.usage.dtype)
+    keys, values = compress(take_rows(all_keys, wide_rows), take_rows(all_values, wide_rows), weights)
+    put_rows(all_keys, wide_place, keys)
+    put_rows(all_values, wide_place, values)
+    put_rows(entries.salience, place, parts.salience.amax(-1))
+    put_rows(entries.salience_bias, place, merge_salience_bias(parts.salience_bias, weights))
+    put_rows(entries.usage, place, parts.usage.sum(-1))
+    # Behind these an entry of the lower level has none.
+    for column, sources in ((entries.positions, parts.positions), (entries.token_ids, parts.token_ids)):
+        put_rows(column[..., : 2 * max_sources], place, sources[..., :max_sources].flatten(-2))
     return mergeable

@@ -147,12 +147,10 @@ class Compressor(nn.Module):
         self.value_residual = PreciseLinear(2 * width, width)
 
     def forward(
-        self, keys: torch.Tensor, values: torch.Tensor, mass: torch.Tensor
+        self, keys: torch.Tensor, values: torch.Tensor, log_mass: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, G, K, 2, D] and masses [B, G, K, 2] of K pairs; returns merged keys and values [B, G, K, D]."""
-        dtype = keys.dtype
-        precise = torch.promote_types(dtype, torch.float32)
-        logits = mass.clamp(min=1).to(precise).log()
+        """Keys and values [B, G, K, 2, D] and log masses [B, G, K, 2] of K pairs; returns merged keys and values [B, G, K, D]."""
+        dtype, precise, logits = keys.dtype, log_mass.dtype, log_mass
         if self.is_learned:
             latent = self.latent_query.to(precise)[:, None, None] * keys.shape[-1] ** -0.5  # [G, 1, 1, D]
             logits = logits + (keys.to(precise) * latent).sum(-1)
