@@ -75,7 +75,10 @@ class RotaryTable:
         """Cosines and sines [..., D] at integer positions [...]."""
         angles = positions[..., None].to(self.precise) * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.scaling).to(self.dtype), (angles.sin() * self.scaling).to(self.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.scaling != 1:
+            cos, sin = cos * self.scaling, sin * self.scaling
+        return cos.to(self.dtype), sin.to(self.dtype)
 
     def range(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [stop - start, D] of consecutive positions."""
@@ -434,53 +437,45 @@ class BankReader:
         settings, row = self.settings, state.rows[0]
         length, num_prefix = settings.segment_length, len(state.entries)
         num_sinks = min(settings.num_sink_tokens, row.window_start + length)
-        if not any(settings.memory_slots) and num_prefix == num_sinks:
-            # Sinks stay, and nothing else ever does.
-            plan = None if plan is None else Plan(plan.source[:, :, :num_prefix], plan.pairs)
-            return self._shifted(state), plan
-        entries, kept, slot_counts, plan = self._consolidated(state, num_sinks, plan)
-        num_kept, candidates_end = len(entries), num_prefix + length
-        rows = [replace(r, window_start=r.window_start + length, slot_counts=slot_counts) for r in state.rows]
-        kept_rows = row_numbers(kept, state.keys.shape[2])
-        room = torch.zeros_like(state.keys[:, :, :length])
-        keys, values = (
-            torch.cat((take_rows(tensor, kept_rows), tensor[:, :, candidates_end:], room), dim=2)
-            for tensor in (state.keys, state.values)
-        )
-        holes = None
-        if state.holes is not None:
-            holes = F.pad(state.holes[:, :, candidates_end:], (num_kept, length))
+        if any(settings.memory_slots):
+            entries, kept, slot_counts, plan = self._consolidated(state, num_sinks, plan)
+            rows = row_numbers(kept, state.keys.shape[2])
+            before = take_rows(state.keys, rows), take_rows(state.values, rows)
+        else:
+            entries, slot_counts = self._sinks(state, num_sinks), (0, 0, 0)
+            plan = None if plan is None else Plan(plan.source[:, :, :num_sinks], plan.pairs)
+            before = state.keys[:, :, :num_sinks], state.values[:, :, :num_sinks]
+        newer = slice(num_prefix + length, num_prefix + 2 * length)
+        room = torch.zeros_like(state.keys[:, :, newer])
+        keys = torch.cat((before[0], state.keys[:, :, newer], room), dim=2)
+        values = torch.cat((before[1], state.values[:, :, newer], room), dim=2)
+        counters = [replace(r, window_start=r.window_start + length, slot_counts=slot_counts) for r in state.rows]
+        is_same = entries is state.entries
         consolidated = replace(
             state,
-            rows=rows,
+            rows=counters,
             entries=entries,
             keys=keys,
             values=values,
-            rotated=rotate(keys, *self.call.rotary.entries(num_kept, settings)),
+            rotated=rotate(keys, *self.call.rotary.entries(len(entries), settings)),
             window_salience=F.pad(state.window_salience[:, :, length:], (0, length)),
             window_ids=F.pad(state.window_ids[:, length:], (0, length)),
-            holes=holes,
-            key_bias=entries_bias(entries, rows[0], settings),
+            holes=None if state.holes is None else F.pad(state.holes[:, :, newer], (len(entries), length)),
+            key_bias=state.key_bias if is_same else entries_bias(entries, counters[0], settings),
         )
         return consolidated, plan
 
-    def _shifted(self, state: BankState) -> BankState:
-        """The same entries before a window whose older segment is gone; in place."""
-        length, num_prefix = self.settings.segment_length, len(state.entries)
-        for tensor, first in (
-            (state.keys, num_prefix),
-            (state.values, num_prefix),
-            (state.holes, num_prefix),
-            (state.window_salience, 0),
-            (state.window_ids[:, None], 0),
-        ):
-            if tensor is not None:
-                tensor[:, :, first : first + length] = tensor[:, :, first + length :]
-                tensor[:, :, first + length :] = 0
-        start = rotary_start(num_prefix, num_prefix, self.settings)
-        angles = self.call.rotary.range(start, start + 2 * length)
-        state.rotated[:, :, num_prefix:] = rotate(state.keys[:, :, num_prefix:], *angles)
-        return replace(state, rows=[replace(row, window_start=row.window_start + length) for row in state.rows])
+    def _sinks(self, state: BankState, num_sinks: int) -> Entries:
+        """The first `num_sinks` of the entries before the window and of its older segment."""
+        num_prefix, length = len(state.entries), self.settings.segment_length
+        if num_prefix == num_sinks:
+            return state.entries
+        unused = torch.zeros_like(state.window_salience[:, :, :length])
+        entered = self._leaving_entries(state, unused, slice(num_prefix, num_prefix + length))
+        return Entries.cat(
+            state.entries.map(lambda tensor: tensor[:, :, :num_sinks]),
+            entered.map(lambda tensor: tensor[:, :, : max(num_sinks - num_prefix, 0)]),
+        )
 
     def _consolidated(
         self, state: BankState, num_sinks: int, plan: Plan | None
@@ -529,14 +524,11 @@ class BankReader:
         settings = self.settings
         length, num_prefix = settings.segment_length, len(state.entries)
         num_keys = num_prefix + 2 * length
-        if not any(settings.memory_slots):
-            return state.window_salience.new_zeros(*state.keys.shape[:2], num_prefix + length)
         start = rotary_start(num_prefix + length, num_prefix, settings)
         cos, sin = self.call.rotary.range(start, start + length)
         queries = rotate(state.queries, cos[::QUERY_STRIDE], sin[::QUERY_STRIDE])
         mask = self.call.causal_mask(length, num_keys)[::QUERY_STRIDE]
-        key_bias, gates, level = self._biases(state, state.complexity, num_keys)
-        bias = additive_bias(key_bias, gates, level, num_keys)
+        bias = additive_bias(*self._biases(state, state.complexity, num_keys))
         weights = attention_weights(queries, state.rotated[:, :, :num_keys], mask, bias, self.scaling)
         return weights.mean(dim=(2, 3))[:, :, : num_prefix + length]
 
@@ -551,14 +543,18 @@ class BankReader:
 
     # --------------------------------------------------------------------------------------------------------- in place
 
-    def append(self, state: BankState, tokens: Tokens) -> None:
-        """Write tokens into the window of rows that stand at the same position; there is room for them."""
+    def _rotated(self, state: BankState, states: torch.Tensor) -> torch.Tensor:
+        """Keys or queries [R, :, T, D] of tokens that come next in the window, rotated."""
+        start = rotary_start(state.length(), state.num_prefix(), self.settings)
+        return rotate(states, *self.call.rotary.range(start, start + states.shape[2]))
+
+    def append(self, state: BankState, tokens: Tokens, rotated: torch.Tensor) -> None:
+        """Write tokens, and their `rotated` keys, into the window of rows that stand at the same position; there is room for them."""
         row, count = state.rows[0], len(tokens)
         first, in_window = state.length(), row.seen - row.window_start
-        start = rotary_start(first, state.num_prefix(), self.settings)
         state.keys[:, :, first : first + count] = tokens.keys
         state.values[:, :, first : first + count] = tokens.values
-        state.rotated[:, :, first : first + count] = rotate(tokens.keys, *self.call.rotary.range(start, start + count))
+        state.rotated[:, :, first : first + count] = rotated
         state.window_salience[:, :, in_window : in_window + count] = tokens.salience
         state.window_ids[:, in_window : in_window + count] = tokens.token_ids
         # Queries of the segment that the last token is in, at offsets 0, 8, 16, ... (usage begins with segment 1).
@@ -601,11 +597,12 @@ class BankReader:
 
     def _read_stretch(self, tokens: Tokens, state: BankState):
         """Output [R, H, T, D] and attention weights, or None, of tokens for which the window has room. In place."""
-        self.append(state, tokens)
-        num_prefix, num_keys = state.num_prefix(), state.length()
-        first = rotary_start(num_keys - len(tokens), num_prefix, self.settings)
+        rotated = self._rotated(state, torch.cat((tokens.keys, tokens.queries), dim=1))
+        num_groups = tokens.keys.shape[1]
+        self.append(state, tokens, rotated[:, :num_groups])
+        num_keys = state.length()
         return self._attend(
-            rotate(tokens.queries, *self.call.rotary.range(first, first + len(tokens))),
+            rotated[:, num_groups:],
             state.rotated[:, :, :num_keys],
             state.values[:, :, :num_keys],
             self._biases(state, tokens.complexity, num_keys),
@@ -731,7 +728,7 @@ class BankReader:
         if mask is None and num_queries > 1 and not is_causal:
             mask = self.call.causal_mask(num_queries, num_keys, 1 if is_eager else queries.shape[1] // keys.shape[1])
         if is_eager:
-            bias = additive_bias(*biases, num_keys)
+            bias = additive_bias(*biases)
             weights = attention_weights(queries, keys, mask, bias, self.scaling).to(values.dtype).flatten(1, 2)
             shown = None
             if self.call.output_attentions:
@@ -837,7 +834,8 @@ class BankReader:
                     state, plan = self.begin_segment(state, plan)
                     room = length
                 stop = min(start + room, len(tokens))
-                self.append(state, tokens.slice(start, stop))
+                part = tokens.slice(start, stop)
+                self.append(state, part, self._rotated(state, part.keys))
                 row, entries = replace(state.rows[0]), state.entries
                 holes = None if state.holes is None else state.holes[:, :, : state.length()].clone()
                 segment = (row.window_start - first_position) // length

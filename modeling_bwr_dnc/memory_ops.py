@@ -287,12 +287,12 @@ def level_onehot(level: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def additive_bias(
-    key_bias: torch.Tensor | None, gates: torch.Tensor | None, level: torch.Tensor | None, num_keys: int
+    key_bias: torch.Tensor | None, gates: torch.Tensor | None, level: torch.Tensor | None
 ) -> torch.Tensor | None:
     """
-    Biases of slots as one additive term [B, G, R or 1, T or 1, L].
+    Biases of slots as one additive term [B, G, R or 1, T or 1, N].
 
-    Args: `key_bias` [B, G, N], `gates` [B, H, T, 2], `level` [B, G, N], with N <= L entries that carry a bias.
+    Args: `key_bias` [B, G, N], `gates` [B, H, T, 2], `level` [B, G, N], with N entries, the first, that carry a bias.
     """
     if key_bias is None:
         return None
@@ -301,7 +301,7 @@ def additive_bias(
         gates = gates.unflatten(1, (level.shape[1], -1))  # [B, G, R, T, 2]
         onehot = level_onehot(level, gates.dtype).transpose(-1, -2)  # [B, G, 2, N]
         bias = bias + torch.matmul(gates.flatten(2, 3), onehot).unflatten(2, gates.shape[2:4])
-    return F.pad(bias, (0, num_keys - bias.shape[-1]))
+    return bias
 
 
 def attention_weights(
@@ -316,7 +316,7 @@ def attention_weights(
     logits = torch.matmul(grouped.flatten(2, 3), keys.transpose(-1, -2)).unflatten(2, grouped.shape[2:4])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if bias is not None:
-        logits += bias
+        logits[..., : bias.shape[-1]].add_(bias)
     if mask is not None:
         logits += mask if mask.dim() == 2 else mask[:, :, None]
     return logits.softmax(dim=-1)
@@ -360,9 +360,9 @@ def attend(
         queries, keys, values = widen(queries, keys, values, key_bias, gates, level, scaling)
         key_bias = None
     folded = queries.reshape(batch_size, num_groups, repeats * num_queries, -1)
-    bias = additive_bias(key_bias, gates, level, num_keys)
+    bias = additive_bias(key_bias, gates, level)
     if bias is not None:
-        bias = bias.to(folded.dtype).expand(-1, -1, repeats, num_queries, -1)
+        bias = F.pad(bias, (0, num_keys - bias.shape[-1])).to(folded.dtype).expand(-1, -1, repeats, num_queries, -1)
         if mask is not None:
             bias = bias + (mask[:num_queries] if mask.dim() == 2 else mask[:, :, None])
         mask = bias.reshape(batch_size, num_groups, repeats * num_queries, num_keys)
