@@ -573,7 +573,8 @@ class BankReader:
         """
         Output [R, H, T, D], attention weights or None, and the state after each sequence's own end. `state` is used up.
         """
-        outputs, weights, finished = [], [], Finished(self.counts)
+        outputs: list[torch.Tensor] = []
+        weights, finished = [], Finished(self.counts)
         start = 0
         while start < len(tokens):
             row = state.rows[0]
