@@ -525,8 +525,9 @@ class Plan:
     `LEVEL1 + n`, a level-2 pair `LEVEL2 + n`, n counting from the first consolidation of the call.
     """
 
-    LEVEL1 = 1 << 40
-    LEVEL2 = 1 << 41
+    # More than the entries of any call, and within 32 bits, to which compilers for GPUs narrow indices.
+    LEVEL1 = 1 << 29
+    LEVEL2 = 1 << 30
 
     source: torch.Tensor  # [B, G, N] int64
     pairs: tuple[
