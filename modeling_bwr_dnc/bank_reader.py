@@ -10,7 +10,7 @@ Shapes: `R` sequences, `T` tokens of this call, `H` query heads, `G` key/value h
 window, `L` entries visible, `S` segment length, `P` entries of the pool.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -148,6 +148,7 @@ class Call:
     num_columns: int = 0
     masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     neutral: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    integers: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     elsewhere: "dict[torch.device, Call]" = field(default_factory=dict)
 
     def on(self, device: torch.device) -> "Call":
@@ -165,8 +166,20 @@ class Call:
                 key_columns=None if self.key_columns is None else self.key_columns.to(device),
                 masks={},
                 neutral={},
+                integers={},
             )
         return self.elsewhere[device]
+
+    def on_device(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Integers that the host knows, [K] int64, shared by all layers; a GPU gets them without the host waiting for it."""
+        if torch.compiler.is_compiling():
+            return torch.tensor(numbers, device=self.rotary.device)
+        key = tuple(numbers)
+        if key not in self.integers:
+            host = torch.tensor(key, dtype=torch.int64)
+            host = host.pin_memory() if self.rotary.device.type == "cuda" else host
+            self.integers[key] = host.to(self.rotary.device, non_blocking=True)
+        return self.integers[key]
 
     def neutral_logits(self, like: torch.Tensor, num_groups: int, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Salience [B, T, G] and complexity [B, T, H] of tokens [B, T, ...] where nothing is learned, shared by all layers."""
@@ -680,13 +693,13 @@ class BankReader:
         lengths = [state.length(index) for index in range(len(state.rows))]
         num_keys = min(max(lengths) + 1, state.keys.shape[2])
         positions = [rotary_start(n, state.num_prefix(i), self.settings) for i, n in enumerate(lengths)]
-        cos, sin = (t[:, None, None] for t in self.call.rotary.at(torch.tensor(positions, device=device)))
-        is_active = torch.tensor(active, device=device)
+        cos, sin = (t[:, None, None] for t in self.call.rotary.at(self.call.on_device(positions)))
+        is_active = self.call.on_device(active).bool()
 
         def write(buffer, index, value):
             """Write one entry per active row at its own `index`."""
             dim = 1 if buffer.dim() == 2 else 2
-            index = torch.tensor(index, device=device).clamp(max=buffer.shape[dim] - 1)
+            index = self.call.on_device(index).clamp(max=buffer.shape[dim] - 1)
             index = index.view(-1, *(1,) * (buffer.dim() - 1)).expand_as(value)
             keep = is_active.view(-1, *(1,) * (buffer.dim() - 1))
             buffer.scatter_(dim, index, torch.where(keep, value.to(buffer.dtype), buffer.gather(dim, index)))
@@ -704,11 +717,12 @@ class BankReader:
         ]
         slots = [state.rows[i].seen % length // QUERY_STRIDE for i in storing]
         if storing:
-            state.queries[storing, :, slots] = tokens.queries[storing, :, 0]
-            state.complexity[storing, :, slots] = tokens.complexity[storing, :, 0]
+            rows, places = self.call.on_device(storing), self.call.on_device(slots)
+            state.queries[rows, :, places] = tokens.queries[rows, :, 0]
+            state.complexity[rows, :, places] = tokens.complexity[rows, :, 0]
         for index, row in enumerate(state.rows):
             row.seen += active[index]
-        last = torch.tensor(lengths, device=device)[:, None]
+        last = self.call.on_device(lengths)[:, None]
         hidden = torch.arange(num_keys, device=device) > last  # [R, L]
         mask = torch.zeros_like(hidden, dtype=tokens.queries.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
         output, weight = self._attend(

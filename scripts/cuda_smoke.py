@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM
+from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM, StateBankCache
 from scripts.command_line import run
 
 # Sixteen segments: every level overflows.
@@ -90,6 +90,19 @@ def no_synchronisation_while_reading_and_decoding() -> str:
     return f"{NUM_TOKENS} tokens read and {2 * model.config.segment_length} decoded"
 
 
+@torch.no_grad()
+def no_synchronisation_while_decoding_rows_at_different_positions() -> str:
+    """Between two consolidations, which sort the rows."""
+    model, ids = small_model(), token_ids()
+    long = ids.view(1, -1)
+    caches = [model(long[:, :length], use_cache=True).past_key_values for length in (NUM_TOKENS + 3, NUM_TOKENS + 9)]
+    cache = StateBankCache.stack(caches)
+    with no_synchronisation():
+        for _ in range(model.config.segment_length // 2):
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+    return f"{model.config.segment_length // 2} tokens decoded"
+
+
 def no_synchronisation_while_training() -> str:
     model, ids = small_model().train(), token_ids()
     with no_synchronisation():
@@ -135,6 +148,7 @@ def generate() -> str:
 CHECKS = (
     same_logits_as_on_the_cpu,
     no_synchronisation_while_reading_and_decoding,
+    no_synchronisation_while_decoding_rows_at_different_positions,
     no_synchronisation_while_training,
     fused_attention_in_bfloat16,
     bounded_memory,
