@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
 from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
-from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_salience
+from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_compressor, fit_salience
 from scripts.command_line import add_device, check_least, check_output, load_model, run
 
 
@@ -56,6 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the loss of prose beside that of answers, in these steps (4)",
     )
     parser.add_argument(
+        "--compressor-steps",
+        type=int,
+        default=0,
+        help="steps of training the compressors, for models that will have compressed levels (0)",
+    )
+    parser.add_argument(
         "--recency",
         type=float,
         default=0.0004,
@@ -69,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 def train_memory(arguments: argparse.Namespace) -> None:
     if Path(arguments.output).exists():
         raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
-    check_least(arguments, boost_steps=0)
+    check_least(arguments, boost_steps=0, compressor_steps=0)
     check_output(Path(arguments.output).parent)
     model, tokenizer = load_model(arguments.model, arguments.device)
     model.config.salience_pooling = arguments.pooling
@@ -112,6 +118,20 @@ def train_memory(arguments: argparse.Namespace) -> None:
             )
         print("attention that salient slots gain, in logits, by layer:")
         print("  " + "  ".join(f"{layer}: {boost:.2f}" for layer, boost in enumerate(boosts)))
+    if arguments.compressor_steps:
+        with tqdm(total=arguments.compressor_steps, unit="step", desc="training the compressors", delay=1) as progress:
+
+            def on_compressor_step(step: int, loss: float) -> None:
+                progress.set_postfix(loss=f"{loss:.2f}")
+                progress.update()
+
+            fit_compressor(
+                model,
+                all_tokens,
+                seed=arguments.seed,
+                num_steps=arguments.compressor_steps,
+                on_step=on_compressor_step,
+            )
     names = save_memory_adapter(model, arguments.output)
     print("how far facts stand out, in standard deviations of ordinary text, by layer:")
     print("  " + "  ".join(f"{layer}: {gap:.1f}" for layer, gap in gaps.items()))

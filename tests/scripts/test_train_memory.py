@@ -8,7 +8,7 @@ from scripts import convert, train_memory
 
 def test_an_adapter_goes_into_a_conversion(call, tiny_source, tiny_model, tmp_path):
     adapter = tmp_path / "memory.safetensors"
-    options = ("--tokens", 3000, "--pooling", 5, "--boost-steps", 2)
+    options = ("--tokens", 3000, "--pooling", 5, "--boost-steps", 2, "--compressor-steps", 2)
     code, output, errors = call(train_memory, "--model", tiny_model, "--output", adapter, *options)
     assert code == 0 and "attention that salient slots gain, in logits, by layer" in output, errors
     code, output, errors = call(
