@@ -257,7 +257,8 @@ class SinkWindowAttention(nn.Module):
         if state is None:
             state = self._empty_state(settings, shape[0], hidden_states)
         else:
-            if state.settings != settings:
+            # A compiler with dynamic shapes cannot compare them: change settings between texts then, not within one.
+            if not torch.compiler.is_compiling() and state.settings != settings:
                 # Working copies were made with the former ones.
                 state = replace(state, settings=settings, **dict.fromkeys(BankState.DERIVED))
             state = refreshed(state, call.rotary)

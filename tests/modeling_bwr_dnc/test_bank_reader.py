@@ -58,7 +58,6 @@ def test_a_training_step_costs_the_same_for_every_further_token(layer_type, monk
     assert abs(second / first - 1) < 0.01
 
 
-@pytest.mark.slow
 def test_training_and_decoding_compile_without_graph_breaks():
     config = tiny_config(num_hidden_layers=2, layer_types=["sink_window_attention", "state_bank_attention"])
     model, length = tiny_model(config), 6 * config.segment_length + 1
@@ -75,7 +74,6 @@ def test_training_and_decoding_compile_without_graph_breaks():
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.slow
 def test_decoding_compiles_a_few_times_and_not_for_every_position():
     """With dynamic shapes: a token, one whose query is stored, one after a consolidation; over three of them."""
     config = tiny_config(num_hidden_layers=2, layer_types=["sink_window_attention", "state_bank_attention"])
