@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.measuring import read_blocks
+from .freezing import only_trained
 from .salience import text_with_facts
 
 # A boost below this is none.
@@ -61,37 +62,37 @@ def fit_attention_boost(
     draw = random.Random(f"{seed} boost")
     raw = torch.full((config.num_hidden_layers,), start).expm1().log().requires_grad_()
     optimizer = torch.optim.Adam([raw], lr=learning_rate)
-    required = [parameter.requires_grad for parameter in model.parameters()]
-    model.requires_grad_(False)
     try:
-        for step in range(num_steps):
-            token_ids, length = texts[step % len(texts)], draw.randrange(shortest, longest)
-            begin = draw.randrange(len(token_ids) - length - num_prose + 1)
-            stretch, after = token_ids[begin : begin + length], token_ids[begin + length : begin + length + num_prose]
-            text, _, facts = text_with_facts(tokenizer, stretch, draw, gap)
-            boosts = F.softplus(raw)
-            # A leaf, in which the gradients of all losses of this step add up.
-            seen = boosts.detach().requires_grad_()
-            _set_boosts(model, seen)
-            with torch.no_grad():
-                *_, (_, _, memory) = read_blocks(model, torch.tensor([text[:-1]]))
-            prose = _loss(model, memory, [text[-1], *after], len(after))
-            (prose_weight * prose).backward()
-            answers = 0.0
-            asked = draw.sample(facts, min(num_questions, len(facts)))
-            for fact in asked:
-                question, answer = fact.token_ids(tokenizer)
-                loss = _loss(model, memory, [text[-1], *question, *answer], len(answer))
-                (loss / len(asked)).backward()
-                answers += loss.item() / len(asked)
-            boosts.backward(seen.grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            if on_step is not None:
-                on_step(step, answers, prose.item())
+        with only_trained(model):
+            for step in range(num_steps):
+                token_ids, length = texts[step % len(texts)], draw.randrange(shortest, longest)
+                begin = draw.randrange(len(token_ids) - length - num_prose + 1)
+                stretch, after = (
+                    token_ids[begin : begin + length],
+                    token_ids[begin + length : begin + length + num_prose],
+                )
+                text, _, facts = text_with_facts(tokenizer, stretch, draw, gap)
+                boosts = F.softplus(raw)
+                # A leaf, in which the gradients of all losses of this step add up.
+                seen = boosts.detach().requires_grad_()
+                _set_boosts(model, seen)
+                with torch.no_grad():
+                    *_, (_, _, memory) = read_blocks(model, torch.tensor([text[:-1]]))
+                prose = _loss(model, memory, [text[-1], *after], len(after))
+                (prose_weight * prose).backward()
+                answers = 0.0
+                asked = draw.sample(facts, min(num_questions, len(facts)))
+                for fact in asked:
+                    question, answer = fact.token_ids(tokenizer)
+                    loss = _loss(model, memory, [text[-1], *question, *answer], len(answer))
+                    (loss / len(asked)).backward()
+                    answers += loss.item() / len(asked)
+                boosts.backward(seen.grad)
+                optimizer.step()
+                optimizer.zero_grad()
+                if on_step is not None:
+                    on_step(step, answers, prose.item())
     finally:
-        for parameter, is_required in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(is_required)
         found = F.softplus(raw).tolist()
         config.attention_boost = [round(boost, 3) if boost >= NEGLIGIBLE else 0.0 for boost in found]
     return config.attention_boost

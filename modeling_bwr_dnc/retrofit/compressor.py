@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.policies import settings_changed
 from ..token_loss import IGNORED
+from .freezing import only_trained
 
 
 def fit_compressor(
@@ -60,13 +61,11 @@ def fit_compressor(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10, 2 * (num_steps - step) / num_steps)
     )
-    required = [parameter.requires_grad for parameter in model.parameters()]
     was_training = model.training
-    model.requires_grad_(False).train()
-    for parameter in named.values():
-        parameter.requires_grad_(True)
+    model.train()
+    small = settings_changed(model, segment_length=segment_length, memory_slots=list(memory_slots))
     try:
-        with settings_changed(model, segment_length=segment_length, memory_slots=list(memory_slots)):
+        with only_trained(model, named.values()), small:
             for step in range(num_steps):
                 token_ids = draw.choice(texts)
                 begin = draw.randrange(len(token_ids) - length + 1)
@@ -82,6 +81,4 @@ def fit_compressor(
                 if on_step is not None:
                     on_step(step, loss.item())
     finally:
-        for parameter, is_required in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(is_required)
         model.train(was_training)

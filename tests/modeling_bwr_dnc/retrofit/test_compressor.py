@@ -1,4 +1,4 @@
-"""Trained compressors lower the loss of text they were not trained on, and nothing else of the model changes."""
+"""Training compressors lowers the loss of the text it is given, and nothing else of the model changes."""
 
 import pytest
 import torch
