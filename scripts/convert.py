@@ -32,7 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     budget.add_argument("--num-sink-tokens", type=int, help="first tokens that are always kept (4)")
     budget.add_argument(
-        "--memory-slots", type=int, nargs=3, metavar=("RAW", "TWO", "FOUR"), help="slots per level (768 0 0)"
+        "--memory-slots",
+        type=int,
+        nargs=3,
+        metavar=("RAW", "TWO", "FOUR"),
+        help="slots per level (768 0 0, or those the adapter was trained for)",
     )
     budget.add_argument(
         "--layer-types",

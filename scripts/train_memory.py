@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--compressor-steps",
         type=int,
         default=0,
-        help="steps of training the compressors, for models that will have compressed levels (0)",
+        help="steps of training the compressors, for a budget with compressed levels (0)",
     )
     parser.add_argument(
         "--recency",
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0004,
         help="retention of a slot over one that is 1,024 tokens older (0.0004)",
     )
-    parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="read with another budget: raw, 2x, 4x")
+    parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="teach for another budget: raw, 2x, 4x")
     add_device(parser)
     return parser
 
@@ -86,6 +86,11 @@ def train_memory(arguments: argparse.Namespace) -> None:
     if arguments.memory_slots is not None:
         model.config.memory_slots = arguments.memory_slots
     model.config.validate_architecture()
+    if arguments.compressor_steps and not model.config.memory_slots[1]:
+        raise ValueError(
+            f"--compressor-steps is {arguments.compressor_steps}, but the slots are {model.config.memory_slots}, none of them "
+            "compressed; give the budget that the memory will have (--memory-slots 384 256 128), or leave it out"
+        )
     texts = [read_text_file(path) for path in arguments.text] or [python_manual()]
     all_tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
     tokens = [token_ids[: arguments.tokens] for token_ids in all_tokens]

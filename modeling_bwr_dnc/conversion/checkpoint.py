@@ -14,7 +14,7 @@ from modeling_bwr_dnc.conversion.llama_family import (
     source_window,
     transfer_weights,
 )
-from modeling_bwr_dnc.conversion.memory_adapter import load_memory_adapter
+from modeling_bwr_dnc.conversion.memory_adapter import adapter_slots, load_memory_adapter
 from modeling_bwr_dnc.conversion.model_card import write_model_card
 from modeling_bwr_dnc.conversion.sources import load_source
 from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
@@ -75,7 +75,8 @@ def convert_checkpoint(
     Args:
         source: a local folder, a Hub name or a `.gguf` file of a Llama, Mistral, Qwen2, Qwen3 or SmolLM model.
         output: the folder to write; it appears only when complete.
-        segment_length, num_sink_tokens, memory_slots, layer_types, allow_sliding_window: see `converted_config`.
+        segment_length, num_sink_tokens, memory_slots, layer_types, allow_sliding_window: see `converted_config`. Slots that are
+            `None` are those that the memory adapter was trained for, if it says so.
         dtype: type of the saved weights; `None` keeps the source's (float32 for GGUF).
         memory_adapter: safetensors file of trained memory parameters, see `load_memory_adapter`.
         card: a model card to use as README.md; `None` writes one.
@@ -91,6 +92,8 @@ def convert_checkpoint(
     _check_replaceable(output, overwrite)
     card_text = None if card is None else read_text_file(card)
 
+    if memory_slots is None and memory_adapter is not None:
+        memory_slots = adapter_slots(memory_adapter)
     original = load_source(source, dtype)
     config = converted_config(
         original.model.config, segment_length, num_sink_tokens, memory_slots, layer_types, allow_sliding_window

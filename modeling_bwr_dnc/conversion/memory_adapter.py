@@ -2,7 +2,7 @@
 
 An adapter is one safetensors file that holds only tensors whose names contain ".memory." (salience, routing, compressor).
 It is small, and it is all that training the memory of a frozen checkpoint changes. The run-time settings that a trained memory
-counts on travel with it.
+counts on travel with it. So do the slots it was trained for, which a conversion takes unless it is told otherwise.
 """
 
 import copy
@@ -42,7 +42,12 @@ def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    metadata = {"format": "pt", "model_type": model.config.model_type, "settings": json.dumps(settings)}
+    metadata = {
+        "format": "pt",
+        "model_type": model.config.model_type,
+        "settings": json.dumps(settings),
+        "memory_slots": json.dumps(list(model.config.memory_slots)),
+    }
     try:
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)
@@ -55,18 +60,15 @@ def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
 def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     """
     Copy the adapter's tensors into the model, its settings into the model's config, and return the names of the tensors.
-    Memory parameters it lacks stay as they are.
+    Memory parameters it lacks stay as they are, and so does the budget, `memory_slots`.
 
     Raises:
         ValueError: if the file cannot be read, holds a tensor that is no memory parameter of this model, holds one in
             another shape, or holds numbers that are not finite. The model is then unchanged.
     """
-    try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {}).get("settings", "{}"))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the memory adapter {path} could not be read: {error}") from error
+    metadata = _metadata(path)
+    tensors = load_file(path)
+    settings = json.loads(metadata.get("settings", "{}"))
     if not tensors:
         raise ValueError(f"the memory adapter {path} is empty")
     places = {name: place for name, place in model.state_dict().items() if MEMORY_MARK in name}
@@ -95,3 +97,20 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     for name, value in settings.items():
         setattr(model.config, name, value)
     return sorted(tensors)
+
+
+def adapter_slots(path: str | Path) -> list[int] | None:
+    """`memory_slots` that the adapter was trained for; `None` if it does not say.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    return json.loads(_metadata(path).get("memory_slots", "null"))
+
+
+def _metadata(path: str | Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the memory adapter {path} could not be read: {error}") from error

@@ -23,7 +23,7 @@ POLICIES = (
     CONTROLS
     | {
         PINNED: "the model as it is, with the facts pinned: what could be answered if nothing asked for were ever lost",
-        "three_levels": "as many slots, shared out among the raw, 2x and 4x compressed level in the proportion 4:2:1",
+        "raw": "as many slots, all raw",
     }
     | {f"score:{score}": f"equal slots and levels, evicted by {score.replace('_', ' ')}" for score in RETENTION_SCORES}
 )
@@ -47,9 +47,8 @@ def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
         return {"memory_slots": [sum(config.memory_slots), 0, 0], "retention_score": "recency", **UNSALIENT}
     if policy == "random":
         return {"retention_score": "random", **UNSALIENT}
-    if policy == "three_levels":
-        unit, rest = divmod(sum(config.memory_slots), 7)
-        return {"memory_slots": [4 * unit + rest, 2 * unit, unit]}
+    if policy == "raw":
+        return {"memory_slots": [sum(config.memory_slots), 0, 0]}
     if policy == PINNED:
         raise ValueError(
             f"the policy {PINNED!r} needs to know where answers stand; measure `facts` with it, or another policy"

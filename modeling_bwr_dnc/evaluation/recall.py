@@ -226,12 +226,13 @@ def measure_budgets(
     on_point: Callable[[dict], object] | None = None,
 ) -> list[dict]:
     """
-    Facts recalled and loss of a text's second half, against the bytes of the memory, by slots (all raw, unless a policy
-    says otherwise) and policy. `full` and `window`, whose bytes do not depend on the slots, are measured once.
+    Facts recalled and loss of a text's second half, against the bytes of the memory, by slots (shared out among the levels as the
+    model's are, unless a policy says otherwise) and policy. `full` and `window`, whose bytes do not depend on the slots, are
+    measured once.
     """
-    records = []
+    records, shares = [], list(model.config.memory_slots)
     for number, num_slots in enumerate(budgets):
-        with settings_changed(model, memory_slots=[num_slots, 0, 0]):
+        with settings_changed(model, memory_slots=_shared_out(num_slots, shares)):
             for policy in policies:
                 if number and policy in ("full", "window"):
                     continue
@@ -243,3 +244,9 @@ def measure_budgets(
                 if on_point is not None:
                     on_point(records[-1])
     return records
+
+
+def _shared_out(num_slots: int, shares: Sequence[int]) -> list[int]:
+    """`num_slots` in the proportions of `shares`; what does not divide is raw."""
+    compressed = [num_slots * share // max(sum(shares), 1) for share in shares[1:]]
+    return [num_slots - sum(compressed), *compressed]

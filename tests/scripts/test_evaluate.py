@@ -32,7 +32,7 @@ def test_facts_asked_from_forks_of_one_reading(call, tiny_model, tmp_path):
 
 def test_facts_and_loss_against_bytes(call, tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "budgets", "--lengths", 700, "--rows", 1]
-    policies = ["memory", "three_levels", "score:attention", "full"]
+    policies = ["memory", "raw", "score:attention", "full"]
     code, printed, errors = call(evaluate, *arguments, "--budgets", 14, 28, "--policies", *policies)
     assert code == 0, errors
     records = json.loads((tmp_path / "results.json").read_text())["measurements"]["budgets_at_700"]
@@ -40,10 +40,12 @@ def test_facts_and_loss_against_bytes(call, tiny_model, tmp_path):
         *((policy, 14) for policy in policies),
         *((policy, 28) for policy in policies[:-1]),
     ]
+    # 14 slots are 7/5/2 of the model's 16/8/4, and no more bytes than 14 raw ones; but they are not what is read with.
+    assert records[0]["state_bytes"] == records[1]["state_bytes"] and records[0]["loss"] != records[1]["loss"]
     small, large = (next(r for r in records if (r["policy"], r["slots"]) == ("memory", slots)) for slots in (14, 28))
     assert small["state_bytes"] < large["state_bytes"] < records[3]["state_bytes"]
     assert all(record["answers"] == 8 for record in records)
-    assert "memory, 28 slots" in printed and "| three_levels | 14 |" in (tmp_path / "results.md").read_text()
+    assert "memory, 28 slots" in printed and "| raw | 14 |" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "budgets_at_700.png").stat().st_size > 0
 
 

@@ -29,6 +29,9 @@ def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     assert_refused("must be positive", train_memory, *arguments, "--tokens", 0)
     for scale in ("nan", "inf"):
         assert_refused("must be positive", train_memory, *arguments, "--scale", scale)
+    assert_refused(
+        "none of them compressed", train_memory, *arguments, "--compressor-steps", 2, "--memory-slots", 28, 0, 0
+    )
     assert_refused("nothing can be written", train_memory, *arguments[:2], "--output", document / "memory.safetensors")
     assert_refused("no file at", train_memory, *arguments, "--text", tmp_path / "nowhere.txt")
     assert_refused("both are needed", train_memory, *arguments, "--text", document, "--tokens", 30)

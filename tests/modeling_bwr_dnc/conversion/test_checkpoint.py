@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_bwr_dnc.conversion import convert_checkpoint, load_memory_adapter, save_memory_adapter
+from modeling_bwr_dnc.conversion import adapter_slots, convert_checkpoint, load_memory_adapter, save_memory_adapter
 from tests.tiny_sources import CONFIGS, random_source, save_gguf, save_source
 
 BUDGET = {"segment_length": 8, "num_sink_tokens": 2, "memory_slots": [24, 8, 4]}
@@ -112,6 +112,23 @@ def test_memory_adapter_is_in_the_folder(source, tmp_path):
     assert torch.equal(adapted.get_parameter(name), model.get_parameter(name))
     assert name in result.memory_adapter and result.proof.max_difference < 1e-3
     assert load_memory_adapter(model, tmp_path / "adapter.safetensors") == result.memory_adapter
+
+
+def test_slots_are_those_given_or_those_the_adapter_was_trained_for(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "plain", **BUDGET)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    torch.nn.init.normal_(model.get_parameter("model.layers.1.self_attn.memory.salience.weight"))
+    adapter = tmp_path / "adapter.safetensors"
+    save_memory_adapter(model, adapter)
+    others = {name: value for name, value in BUDGET.items() if name != "memory_slots"}
+    taken = convert_checkpoint(source, tmp_path / "taken", **others, memory_adapter=adapter)
+    assert taken.memory_slots == BUDGET["memory_slots"] == adapter_slots(adapter)
+    assert taken.proof.length == taken.lossless_length == model.config.lossless_length
+    given = convert_checkpoint(source, tmp_path / "given", **others, memory_slots=[9, 0, 0], memory_adapter=adapter)
+    assert given.memory_slots == [9, 0, 0]
+    save_file(load_file(adapter), adapter)
+    unsaid = convert_checkpoint(source, tmp_path / "unsaid", **others, memory_adapter=adapter)
+    assert unsaid.memory_slots[1:] == [0, 0] and adapter_slots(adapter) is None
 
 
 def test_model_card_has_valid_metadata_and_the_measured_difference(source, tmp_path):

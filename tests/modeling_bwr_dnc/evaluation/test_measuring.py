@@ -103,7 +103,9 @@ def test_controls_hold_what_they_say(model, input_ids):
     kept, count = held_positions(model, row, "random")
     assert count == 14 and set(kept) < set(everything) and kept != held_positions(model, row, "memory")[0]
     assert held_positions(model, row, "memory")[1] == 14
-    assert policy_settings(model, "three_levels", 64) == {"memory_slots": [8, 4, 2]}
+    assert held_positions(model, row, "raw")[1] == 14 and policy_settings(model, "raw", 64) == {
+        "memory_slots": [14, 0, 0]
+    }
 
 
 def test_full_attention_is_a_model_whose_slots_never_overflow(model, input_ids):
@@ -117,7 +119,7 @@ def test_full_attention_is_a_model_whose_slots_never_overflow(model, input_ids):
 def test_controls_pay_no_more_attention_to_what_is_salient(model):
     for policy in set(POLICIES) - {PINNED}:
         boosted = policy_settings(model, policy, 70).get("attention_boost", "as it is")
-        by_salience = policy in ("memory", "full", "window", "three_levels", "score:salience")
+        by_salience = policy in ("memory", "full", "window", "raw", "score:salience")
         assert boosted == ("as it is" if by_salience else 0.0), policy
 
 
