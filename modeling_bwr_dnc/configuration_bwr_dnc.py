@@ -174,6 +174,11 @@ class BwrDncConfig(PreTrainedConfig):
         self.validate_layer_type()
 
     @property
+    def max_keys(self) -> int:
+        """Keys that a token sees at most, in a layer with a bank: sinks, slots and window."""
+        return self.num_sink_tokens + sum(self.memory_slots) + 2 * self.segment_length
+
+    @property
     def lossless_length(self) -> int:
         """Tokens up to which the model equals full attention: no layer has lost or compressed anything yet."""
         all_banks = self.use_memory and all(kind == "state_bank_attention" for kind in self.layer_types)

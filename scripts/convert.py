@@ -76,8 +76,9 @@ def convert(arguments: argparse.Namespace) -> None:
     )
     print(f"lossless up to {result.lossless_length:,} tokens; then its memory is bounded")
     print(result.proof or "not compared with its source (--skip-proof)")
-    for name in result.memory_adapter:
-        print(f"from the memory adapter: {name}")
+    if result.memory_adapter:
+        slots = "/".join(map(str, result.memory_slots))
+        print(f"{len(result.memory_adapter)} tensors from the memory adapter; slots {slots}")
     for notice in result.notices:
         print(f"note: {notice}")
     print(f"written to {arguments.output}")

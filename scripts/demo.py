@@ -86,8 +86,8 @@ def demo(arguments: argparse.Namespace) -> None:
     heading("2. Reading a text much longer than its memory")
     ids = text_with_fact(tokenizer, arguments.num_tokens)
     cache = StateBankCache(config=model.config)
-    room = model.config.num_sink_tokens + sum(model.config.memory_slots) + 2 * model.config.segment_length
-    print(f"Python's manual, {ids.shape[1]:,} tokens; window, sinks and slots together have room for {room:,}.")
+    room = f"{model.config.max_keys:,} keys and values"
+    print(f"Python's manual, {ids.shape[1]:,} tokens; window, sinks and slots together have room for {room}.")
     sizes = []
     with tqdm(total=ids.shape[1], unit="tok", desc="reading") as progress:
 

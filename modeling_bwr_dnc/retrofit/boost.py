@@ -41,7 +41,7 @@ def fit_attention_boost(
     Set `config.attention_boost` of `model`, whose salience is fitted already, and return it: one number per layer.
 
     Args:
-        lengths: least and most that is read before each step, in times what sinks, slots and window have room for.
+        lengths: least and most that is read before each step, in times of `config.max_keys`.
         gap: least and most tokens between two facts.
         num_questions, num_prose: facts that are asked for, and tokens that are read on, in each step.
         start: all boosts at the beginning.
@@ -51,8 +51,7 @@ def fit_attention_boost(
         ValueError: if a text is shorter than `lengths` and `num_prose` ask for.
     """
     config = model.config
-    room = config.num_sink_tokens + sum(config.memory_slots) + 2 * config.segment_length
-    shortest, longest = (round(times * room) for times in lengths)
+    shortest, longest = (round(times * config.max_keys) for times in lengths)
     for token_ids in texts:
         if len(token_ids) < longest + num_prose:
             raise ValueError(
