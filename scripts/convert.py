@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         nargs=3,
         metavar=("RAW", "TWO", "FOUR"),
-        help="slots per level (768 0 0, or those the adapter was trained for)",
+        help="slots per level (768 0 0, or those the adapter is meant for)",
     )
     budget.add_argument(
         "--layer-types",

@@ -153,11 +153,16 @@ def heading(text: str) -> None:
 
 
 def prepare_model(folder: Path) -> None:
-    """Convert SmolLM2 into `folder`, unless this version of the code has done so before."""
-    code = list(folder.glob("*.py"))
+    """Convert SmolLM2 into `folder`, unless this version of code, card and adapter has done so before."""
+    code, record_file = list(folder.glob("*.py")), folder / RECORD_FILE
     is_current = all(path.read_bytes() == (PACKAGE / path.name).read_bytes() for path in code)
-    if (folder / RECORD_FILE).is_file() and code and is_current:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    if (
+        record_file.is_file()
+        and code
+        and is_current
+        and not any(is_newer(path, record_file) for path in (CARD, ADAPTER))
+    ):
+        record = json.loads(record_file.read_text(encoding="utf-8"))
         print(f"{folder} was converted before, from {record['source']}; reusing it.")
         return
     source = obtain_smollm2()
@@ -165,6 +170,10 @@ def prepare_model(folder: Path) -> None:
     result = convert_checkpoint(source, folder, card=CARD, memory_adapter=ADAPTER, overwrite=folder.exists())
     print(f"{result.num_parameters:,} parameters, {result.num_memory_parameters:,} of them new, for the memory.")
     print(f"Proof: {result.proof}")
+
+
+def is_newer(path: Path, other: Path) -> bool:
+    return path.stat().st_mtime > other.stat().st_mtime
 
 
 def resume_elsewhere(model, tokenizer, cache, folder: Path, state: Path) -> None:

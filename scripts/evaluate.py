@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=int,
         default=[192, 384, 768, 1536],
-        help="slots, for `budgets`: facts and loss against bytes",
+        help="slots, shared out among the levels as the model's, for `budgets`: facts and loss against bytes",
     )
     parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="another budget: raw, 2x, 4x")
     parser.add_argument(

@@ -3,11 +3,12 @@
 The weights of the source stay as they are. The model reads the texts once, with facts hidden in them that do not belong there; in
 every layer, what tells the two apart becomes salience, without gradients (modeling_bwr_dnc/retrofit/salience.py). Then one number
 per layer, how much more attention a salient slot gets, is fitted with gradients through questions and prose
-(modeling_bwr_dnc/retrofit/boost.py). The settings go into the adapter, and with it into the models that it is put into.
+(modeling_bwr_dnc/retrofit/boost.py), and, if asked for, the compressors through prose (modeling_bwr_dnc/retrofit/compressor.py). The
+settings go into the adapter, and with it into the models that it is put into.
 
 Examples:
-  python -m scripts.train_memory --model demo_output/model --output memory.safetensors
-  python -m scripts.train_memory --model DIR --output memory.safetensors --text novel.txt manual.txt --tokens 60000
+  python -m scripts.train_memory --model DIR --output memory.safetensors       (DIR: converted without an adapter)
+  python -m scripts.train_memory --model DIR --output memory.safetensors --memory-slots 512 160 96 --compressor-steps 300
   python -m scripts.convert --source smollm2 --output DIR --memory-adapter memory.safetensors
 """
 
@@ -89,7 +90,7 @@ def train_memory(arguments: argparse.Namespace) -> None:
     if arguments.compressor_steps and not model.config.memory_slots[1]:
         raise ValueError(
             f"--compressor-steps is {arguments.compressor_steps}, but the slots are {model.config.memory_slots}, none of them "
-            "compressed; give the budget that the memory will have (--memory-slots 384 256 128), or leave it out"
+            "compressed; give the budget that the memory will have (--memory-slots 512 160 96), or leave it out"
         )
     texts = [read_text_file(path) for path in arguments.text] or [python_manual()]
     all_tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]

@@ -76,7 +76,7 @@ def convert_checkpoint(
         source: a local folder, a Hub name or a `.gguf` file of a Llama, Mistral, Qwen2, Qwen3 or SmolLM model.
         output: the folder to write; it appears only when complete.
         segment_length, num_sink_tokens, memory_slots, layer_types, allow_sliding_window: see `converted_config`. Slots that are
-            `None` are those that the memory adapter was trained for, if it says so.
+            `None` are those that the memory adapter is meant for, if it says so.
         dtype: type of the saved weights; `None` keeps the source's (float32 for GGUF).
         memory_adapter: safetensors file of trained memory parameters, see `load_memory_adapter`.
         card: a model card to use as README.md; `None` writes one.

@@ -109,8 +109,8 @@ def source_window(config: PreTrainedConfig) -> int | None:
     return window
 
 
-# Slots of a converted model, all raw: at as many bytes, levels without a trained compressor answered no more facts and predicted
-# prose worse (model_cards/results/smollm2_memory_cpu_202611.md).
+# Slots of a converted model, all raw: at as many bytes, levels without a trained compressor are hardly better at anything, and lossless
+# for fewer tokens (model_cards/results/smollm2_memory_cpu_202611.md).
 RAW_SLOTS = 768
 
 

@@ -2,7 +2,7 @@
 
 An adapter is one safetensors file that holds only tensors whose names contain ".memory." (salience, routing, compressor).
 It is small, and it is all that training the memory of a frozen checkpoint changes. The run-time settings that a trained memory
-counts on travel with it. So do the slots it was trained for, which a conversion takes unless it is told otherwise.
+counts on travel with it. So do the slots it is meant for, which a conversion takes unless it is told otherwise.
 """
 
 import copy
@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -66,8 +67,7 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
         ValueError: if the file cannot be read, holds a tensor that is no memory parameter of this model, holds one in
             another shape, or holds numbers that are not finite. The model is then unchanged.
     """
-    metadata = _metadata(path)
-    tensors = load_file(path)
+    tensors, metadata = _read(path)
     settings = json.loads(metadata.get("settings", "{}"))
     if not tensors:
         raise ValueError(f"the memory adapter {path} is empty")
@@ -100,17 +100,25 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
 
 
 def adapter_slots(path: str | Path) -> list[int] | None:
-    """`memory_slots` that the adapter was trained for; `None` if it does not say.
+    """`memory_slots` that the adapter is meant for; `None` if it does not say.
 
     Raises:
-        ValueError: if the file cannot be read.
+        ValueError: if the file cannot be read, or what it says is no such list.
     """
-    return json.loads(_metadata(path).get("memory_slots", "null"))
+    found = _read(path)[1].get("memory_slots", "null")
+    try:
+        slots = json.loads(found)
+    except json.JSONDecodeError:
+        slots = found
+    if slots is not None and not (isinstance(slots, list) and [type(count) for count in slots] == [int] * 3):
+        raise ValueError(f"the memory adapter {path} is meant for the slots {found}, but they must be three counts")
+    return slots
 
 
-def _metadata(path: str | Path) -> dict[str, str]:
+def _read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of an adapter."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+            return load_file(path), file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the memory adapter {path} could not be read: {error}") from error

@@ -232,7 +232,7 @@ def measure_budgets(
     """
     records, shares = [], list(model.config.memory_slots)
     for number, num_slots in enumerate(budgets):
-        with settings_changed(model, memory_slots=_shared_out(num_slots, shares)):
+        with settings_changed(model, memory_slots=shared_out(num_slots, shares)):
             for policy in policies:
                 if number and policy in ("full", "window"):
                     continue
@@ -246,7 +246,7 @@ def measure_budgets(
     return records
 
 
-def _shared_out(num_slots: int, shares: Sequence[int]) -> list[int]:
+def shared_out(num_slots: int, shares: Sequence[int]) -> list[int]:
     """`num_slots` in the proportions of `shares`; what does not divide is raw."""
     compressed = [num_slots * share // max(sum(shares), 1) for share in shares[1:]]
     return [num_slots - sum(compressed), *compressed]

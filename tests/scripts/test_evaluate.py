@@ -40,7 +40,7 @@ def test_facts_and_loss_against_bytes(call, tiny_model, tmp_path):
         *((policy, 14) for policy in policies),
         *((policy, 28) for policy in policies[:-1]),
     ]
-    # 14 slots are 7/5/2 of the model's 16/8/4, and no more bytes than 14 raw ones; but they are not what is read with.
+    # 14 slots are 8/4/2 where the model has 16/8/4: as many bytes as 14 raw ones, and read differently.
     assert records[0]["state_bytes"] == records[1]["state_bytes"] and records[0]["loss"] != records[1]["loss"]
     small, large = (next(r for r in records if (r["policy"], r["slots"]) == ("memory", slots)) for slots in (14, 28))
     assert small["state_bytes"] < large["state_bytes"] < records[3]["state_bytes"]

@@ -14,9 +14,9 @@ def test_an_adapter_goes_into_a_conversion(call, tiny_source, tiny_model, tmp_pa
     code, output, errors = call(
         convert, "--source", tiny_source, "--output", tmp_path / "model", "--memory-adapter", adapter
     )
-    assert code == 0 and "tensors from the memory adapter; slots" in output, errors
+    assert code == 0 and "tensors from the memory adapter; slots 16/8/4" in output, errors
     model = BwrDncForCausalLM.from_pretrained(tmp_path / "model")
-    assert model.config.salience_pooling == 5
+    assert model.config.salience_pooling == 5 and model.config.memory_slots == [16, 8, 4]
     assert len(model.config.attention_boost) == model.config.num_hidden_layers and all(model.config.attention_boost)
     assert model.config.salience_scale == 0.001
     for name, tensor in load_file(adapter).items():

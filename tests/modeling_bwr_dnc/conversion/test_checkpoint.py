@@ -114,7 +114,7 @@ def test_memory_adapter_is_in_the_folder(source, tmp_path):
     assert load_memory_adapter(model, tmp_path / "adapter.safetensors") == result.memory_adapter
 
 
-def test_slots_are_those_given_or_those_the_adapter_was_trained_for(source, tmp_path):
+def test_slots_are_those_given_or_those_the_adapter_is_meant_for(source, tmp_path):
     convert_checkpoint(source, tmp_path / "plain", **BUDGET)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     torch.nn.init.normal_(model.get_parameter("model.layers.1.self_attn.memory.salience.weight"))

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_bwr_dnc.conversion import (
+    adapter_slots,
     converted_config,
     load_memory_adapter,
     prove_equality,
@@ -93,6 +94,14 @@ def test_unreadable_adapter_is_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="could not be read"):
         load_memory_adapter(model, tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize("slots", ["[24, 8", "[24, 8]", "24", '[24, "8", 4]', "[24, true, 4]"])
+def test_slots_that_are_none_are_refused(adapter, slots):
+    path, _ = adapter
+    save_file(load_file(path), path, metadata={"memory_slots": slots})
+    with pytest.raises(ValueError, match="three counts"):
+        adapter_slots(path)
 
 
 def test_model_without_banks_has_no_adapter(tmp_path):

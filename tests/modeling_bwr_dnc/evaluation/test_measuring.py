@@ -17,6 +17,7 @@ from modeling_bwr_dnc.evaluation.measuring import (
     token_losses,
 )
 from modeling_bwr_dnc.evaluation.policies import CONTROLS, PINNED, POLICIES, policy_settings, settings_changed
+from modeling_bwr_dnc.evaluation.recall import shared_out
 from modeling_bwr_dnc.tasks import IGNORED, Copy, Lookup, Needle
 
 
@@ -106,6 +107,13 @@ def test_controls_hold_what_they_say(model, input_ids):
     assert held_positions(model, row, "raw")[1] == 14 and policy_settings(model, "raw", 64) == {
         "memory_slots": [14, 0, 0]
     }
+
+
+def test_slots_are_shared_out_in_the_proportions_of_others():
+    assert shared_out(192, [512, 160, 96]) == [128, 40, 24]
+    assert shared_out(14, [16, 8, 4]) == [8, 4, 2]
+    assert shared_out(13, [16, 8, 4]) == [9, 3, 1]
+    assert shared_out(192, [768, 0, 0]) == shared_out(192, [0, 0, 0]) == [192, 0, 0]
 
 
 def test_full_attention_is_a_model_whose_slots_never_overflow(model, input_ids):
