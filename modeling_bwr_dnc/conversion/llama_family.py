@@ -109,8 +109,8 @@ def source_window(config: PreTrainedConfig) -> int | None:
     return window
 
 
-# Slots of a converted model, all raw: levels without a trained compressor predict text within 0.4% of what as many raw slots do, and are lossless
-# for fewer tokens (model_cards/results/smollm2_memory_cpu_202611.md).
+# Slots of a converted model, all raw: levels without a trained compressor predict text within 0.4% of what as many raw slots do,
+# and are lossless for fewer tokens (model_cards/results/smollm2_memory_cpu_202611.md).
 RAW_SLOTS = 768
 
 

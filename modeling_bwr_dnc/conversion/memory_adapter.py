@@ -8,11 +8,12 @@ counts on travel with it. So do the slots it is meant for, which a conversion ta
 import copy
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 MEMORY_MARK = ".memory."
@@ -67,8 +68,9 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
         ValueError: if the file cannot be read, holds a tensor that is no memory parameter of this model, holds one in
             another shape, or holds numbers that are not finite. The model is then unchanged.
     """
-    tensors, metadata = _read(path)
-    settings = json.loads(metadata.get("settings", "{}"))
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        settings = json.loads((file.metadata() or {}).get("settings", "{}"))
     if not tensors:
         raise ValueError(f"the memory adapter {path} is empty")
     places = {name: place for name, place in model.state_dict().items() if MEMORY_MARK in name}
@@ -105,7 +107,8 @@ def adapter_slots(path: str | Path) -> list[int] | None:
     Raises:
         ValueError: if the file cannot be read, or what it says is no such list.
     """
-    found = _read(path)[1].get("memory_slots", "null")
+    with _opened(path) as file:
+        found = (file.metadata() or {}).get("memory_slots", "null")
     try:
         slots = json.loads(found)
     except json.JSONDecodeError:
@@ -115,10 +118,10 @@ def adapter_slots(path: str | Path) -> list[int] | None:
     return slots
 
 
-def _read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of an adapter."""
+@contextmanager
+def _opened(path: str | Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
-            return load_file(path), file.metadata() or {}
+            yield file
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the memory adapter {path} could not be read: {error}") from error

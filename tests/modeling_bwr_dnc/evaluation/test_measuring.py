@@ -104,9 +104,8 @@ def test_controls_hold_what_they_say(model, input_ids):
     kept, count = held_positions(model, row, "random")
     assert count == 14 and set(kept) < set(everything) and kept != held_positions(model, row, "memory")[0]
     assert held_positions(model, row, "memory")[1] == 14
-    assert held_positions(model, row, "raw")[1] == 14 and policy_settings(model, "raw", 64) == {
-        "memory_slots": [14, 0, 0]
-    }
+    assert held_positions(model, row, "raw")[1] == 14
+    assert policy_settings(model, "raw", 64) == {"memory_slots": [14, 0, 0]}
 
 
 def test_slots_are_shared_out_in_the_proportions_of_others():
