@@ -430,18 +430,20 @@ class BankReader:
         uses_routing: bool,
         on_consolidation: Callable[[BankState, list[int]], None],
         shows_columns: bool = False,
+        only_writes: bool = False,
     ):
         """
         Args:
             compress: the layer's compressor; None without slots.
             on_consolidation: told the state before each consolidation, and the sequences in it.
             shows_columns: attention weights are shown over the columns of the batch, not over the entries read.
+            only_writes: no output is wanted of what is read in place, only the state after it.
         """
         self.call, self.settings, self.layer_idx = call, settings, layer_idx
         self.sequences, self.scaling = sequences, scaling
         self.counts = sequences.counts
         self.compress, self.uses_routing, self.on_consolidation = compress, uses_routing, on_consolidation
-        self.shows_columns = shows_columns
+        self.shows_columns, self.only_writes = shows_columns, only_writes
 
     # ------------------------------------------------------------------------------------------------- consolidation
 
@@ -584,7 +586,8 @@ class BankReader:
 
     def read_in_place(self, tokens: Tokens, state: BankState):
         """
-        Output [R, H, T, D], attention weights or None, and the state after each sequence's own end. `state` is used up.
+        Output [R, H, T, D] (None if this only writes), attention weights or None, and the state after each sequence's own end.
+        `state` is used up.
         """
         outputs: list[torch.Tensor] = []
         weights, finished = [], Finished(self.counts)
@@ -602,15 +605,24 @@ class BankReader:
                 outputs += self._read_segments(tokens.slice(start, stop), state)
             else:
                 stop = min(start + room, len(tokens))
-                output, weight = self._read_stretch(tokens.slice(start, stop), state)
-                outputs.append(output)
-                weights.append(weight)
+                read = self._read_stretch(tokens.slice(start, stop), state)
+                if read is not None:
+                    outputs.append(read[0])
+                    weights.append(read[1])
             start = stop
             finished.note(start, state)
+        if not outputs:
+            return None, None, finished.state()
         return _joined(outputs), self._joined_weights(weights), finished.state()
 
     def _read_stretch(self, tokens: Tokens, state: BankState):
-        """Output [R, H, T, D] and attention weights, or None, of tokens for which the window has room. In place."""
+        """
+        Output [R, H, T, D] and attention weights, or None, of tokens for which the window has room; None if this only writes.
+        In place.
+        """
+        if self.only_writes:
+            self.append(state, tokens, self._rotated(state, tokens.keys))
+            return None
         rotated = self._rotated(state, torch.cat((tokens.keys, tokens.queries), dim=1))
         num_groups = tokens.keys.shape[1]
         self.append(state, tokens, rotated[:, :num_groups])
@@ -638,8 +650,8 @@ class BankReader:
 
     def _read_segments(self, tokens: Tokens, state: BankState) -> tuple[torch.Tensor, ...]:
         """
-        Outputs [R, H, S, D] of K > 1 whole segments, read as one batch by a layer without slots whose window holds one segment
-        before them. In place.
+        Outputs [R, H, S, D] of K > 1 whole segments (none if this only writes), read as one batch by a layer without slots whose
+        window holds one segment before them. In place.
         """
         length, num_prefix = self.settings.segment_length, state.num_prefix()
         count = len(tokens) // length
@@ -657,14 +669,16 @@ class BankReader:
             return torch.cat((sinks, windows), dim=3).flatten(0, 1)
 
         keys, values = windows(state.keys, tokens.keys), windows(state.values, tokens.values)
-        rotated = rotate(keys, cos, sin)
-        queries = tokens.queries.unflatten(2, (count, length)).transpose(1, 2)
-        output, _ = self._attend(
-            rotate(queries, cos[length:], sin[length:]).flatten(0, 1),
-            with_sinks(state.rotated, rotated),
-            with_sinks(state.values, values),
-            (None, None, None),
-        )
+        rotated, outputs = rotate(keys, cos, sin), ()
+        if not self.only_writes:
+            queries = tokens.queries.unflatten(2, (count, length)).transpose(1, 2)
+            output, _ = self._attend(
+                rotate(queries, cos[length:], sin[length:]).flatten(0, 1),
+                with_sinks(state.rotated, rotated),
+                with_sinks(state.values, values),
+                (None, None, None),
+            )
+            outputs = output.unflatten(0, (-1, count)).unbind(1)
         for held, last in ((state.keys, keys), (state.values, values), (state.rotated, rotated)):
             held[:, :, num_prefix:] = last[:, -1]
         state.window_salience[:] = tokens.salience[:, :, -2 * length :]
@@ -674,7 +688,7 @@ class BankReader:
         for row in state.rows:
             row.window_start += (count - 1) * length
             row.seen += count * length
-        return output.unflatten(0, (-1, count)).unbind(1)
+        return outputs
 
     def read_one_token(self, tokens: Tokens, state: BankState):
         """Like `read_in_place` for one token per active row, of rows that may stand at different positions."""

@@ -43,6 +43,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .bank_reader import BankReader, Call, RotaryTable, Sequences, Tokens, refreshed, stays_lossless
 from .configuration_bwr_dnc import BwrDncConfig
+from .linear import apply_linear
 from .memory_ops import COMPLEXITY_SHIFT, BankSettings
 from .state_bank import (
     BankState,
@@ -57,6 +58,9 @@ from .token_loss import IGNORED, autocast_dtype, is_plain_head, summed_cross_ent
 
 # Tokens read at a time from a long input of which only the last logits are wanted.
 READ_BLOCK_LENGTH = 1024
+# Bytes up to which the C library of a CPU (glibc) uses memory again instead of asking the system for new pages, which are touched
+# one by one; half of its limit, to stay clear of it.
+LARGEST_REUSED = 16 << 20
 # Tokens whose logits the loss looks at together.
 LOSS_CHUNK = 256
 
@@ -90,24 +94,36 @@ class BwrDncMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.width = config.intermediate_size
         self.hidden_act, self.act_fn = config.hidden_act, ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, is_checkpointed: bool = False) -> torch.Tensor:
         """`is_checkpointed`: the whole layer is computed again in the backward pass, and keeps nothing before."""
         # These are the largest tensors of a layer; without gradients as few as possible are made.
-        gate = self.gate_proj(hidden_states)
         if not torch.is_grad_enabled():
+            gate = apply_linear(self.gate_proj, hidden_states)
             gate = F.silu(gate, inplace=True) if self.hidden_act == "silu" else self.act_fn(gate)
-            return self.down_proj(gate.mul_(self.up_proj(hidden_states)))
+            return apply_linear(self.down_proj, gate.mul_(apply_linear(self.up_proj, hidden_states)))
+        parts = [self._mixed(part, is_checkpointed) for part in self._parts(hidden_states)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _parts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Parts [B, <= T, hidden] of the tokens, whose widest tensors the C library of a CPU can use again."""
+        if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+            return (hidden_states,)
+        width = hidden_states.shape[0] * self.width * hidden_states.element_size()
+        return hidden_states.split(max(LARGEST_REUSED // width, 1), dim=1)
+
+    def _mixed(self, hidden_states: torch.Tensor, is_checkpointed: bool) -> torch.Tensor:
+        gate, up = apply_linear(self.gate_proj, hidden_states), apply_linear(self.up_proj, hidden_states)
         if is_checkpointed:
-            return self.down_proj(self.act_fn(gate) * self.up_proj(hidden_states))
+            return apply_linear(self.down_proj, self.act_fn(gate) * up)
         # Two of them are computed again in the backward pass instead of kept. Adapters may put dropout there; without, nothing is random.
         is_plain = isinstance(self.down_proj, nn.Linear)
-        up = self.up_proj(hidden_states)
         return checkpoint(self._gated, gate, up, use_reentrant=False, preserve_rng_state=not is_plain)
 
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(gate) * up)
+        return apply_linear(self.down_proj, self.act_fn(gate) * up)
 
 
 class PreciseLinear(nn.Module):
@@ -242,14 +258,16 @@ class SinkWindowAttention(nn.Module):
         call: Call,
         state: BankState | None = None,
         layer: StateBankLayer | None = None,
+        num_kept: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, BankState | None]:
         """
         Args:
             hidden_states [B, T, hidden].
             state: what the rows have read before, None for nothing. Without gradients it is used up.
             layer: cache layer that is told of consolidations, so that it can take them back.
+            num_kept: of how many of the last tokens the output is wanted; None: all.
 
-        Returns the output [B, T, hidden], attention weights [B, H, T, L] and the state after, where the call wants them.
+        Returns the output [B, T or num_kept, hidden], attention weights [B, H, T, L] and the state after, where the call wants them.
         """
         shape = hidden_states.shape[:2]
         call = call.on(hidden_states.device)
@@ -286,14 +304,24 @@ class SinkWindowAttention(nn.Module):
                 part = state.select(sequences.rows)
             note = self._journal(layer, sequences, shape[0], conv_inputs)
             reader = BankReader(
-                call, settings, self.layer_idx, sequences, self.scaling, compressor, uses_routing, note, shows_columns
+                call,
+                settings,
+                self.layer_idx,
+                sequences,
+                self.scaling,
+                compressor,
+                uses_routing,
+                note,
+                shows_columns,
+                num_kept == 0,
             )
             if needs_gradient:
                 read = reader.read_with_gradient
             else:
                 read = reader.read_in_place if call.active is None else reader.read_one_token
             part_output, part_weights, part = read(tokens, part)
-            output = sequences.put(output, part_output.transpose(1, 2).flatten(2), shape)
+            if part_output is not None:
+                output = sequences.put(output, part_output.transpose(1, 2).flatten(2), shape)
             weights = part_weights if weights is None else _sum_of_parts(weights, part_weights)
             if call.keeps_state:
                 kept = [i for i, keeps in enumerate(sequences.keeps_state) if keeps]
@@ -306,7 +334,7 @@ class SinkWindowAttention(nn.Module):
             after = self._with_conv_inputs(after, conv_inputs, list(range(shape[0])))
         if output is None:
             output = projected[0].new_zeros(projected[0].shape).flatten(2)
-        return self.o_proj(output), weights, after
+        return apply_linear(self.o_proj, last_positions(output, num_kept)), weights, after
 
     def _with_conv_inputs(self, state: BankState, conv_inputs: dict, rows: list[int]) -> BankState:
         """A state whose rows are `rows` of the batch, with the inputs of the short convolution that belong to it."""
@@ -349,9 +377,9 @@ class SinkWindowAttention(nn.Module):
     def _project(self, hidden_states: torch.Tensor, call: Call) -> tuple[torch.Tensor, ...]:
         """Queries [B, T, H, D], keys and values [B, T, G, D], salience [B, T, G] and complexity [B, T, H] logits."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        queries = self.q_proj(hidden_states).view(heads)
-        keys = self.k_proj(hidden_states).view(heads)
-        values = self.v_proj(hidden_states).view(heads)
+        queries = apply_linear(self.q_proj, hidden_states).view(heads)
+        keys = apply_linear(self.k_proj, hidden_states).view(heads)
+        values = apply_linear(self.v_proj, hidden_states).view(heads)
         if self.q_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         return queries, keys, values, *self._memory_logits(hidden_states, call)
@@ -369,8 +397,8 @@ class StateBankAttention(SinkWindowAttention):
         super().__init__(config, layer_idx)
         self.memory = Memory(config)
 
-    def forward(self, hidden_states, call, state=None, layer=None):
-        output, weights, after = super().forward(hidden_states, call, state, layer)
+    def forward(self, hidden_states, call, state=None, layer=None, num_kept=None):
+        output, weights, after = super().forward(hidden_states, call, state, layer, num_kept)
         if self.training and torch.is_grad_enabled():
             # Every parameter belongs to the graph, also while no slot is in use: DDP and its like count on it.
             unused = sum(parameter.sum() for parameter in self.memory.parameters() if parameter.requires_grad)
@@ -413,8 +441,10 @@ class BwrDncDecoderLayer(GradientCheckpointingLayer):
         call: Call,
         state: BankState | None = None,
         layer: StateBankLayer | None = None,
+        num_kept: int | None = None,
     ) -> tuple[torch.Tensor, BankState | None]:
-        attended, _, state = self.self_attn(self.input_layernorm(hidden_states), call, state, layer)
+        attended, _, state = self.self_attn(self.input_layernorm(hidden_states), call, state, layer, num_kept)
+        hidden_states = last_positions(hidden_states, num_kept)
         # Asked of the dropout itself: it may be switched on alone (Monte Carlo dropout); off, a call of it is not free.
         has_dropout = self.dropout.training
         hidden_states = hidden_states + (self.dropout(attended) if has_dropout else attended)
@@ -487,6 +517,7 @@ class BwrDncModel(BwrDncPreTrainedModel):
         use_memory: bool | None = None,
         retention_noise_seed: int | None = None,
         output_attentions: bool | None = None,
+        hidden_states_to_keep: int | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -499,6 +530,8 @@ class BwrDncModel(BwrDncPreTrainedModel):
             use_cache: whether to keep state; by default `config.use_cache`, and not under gradient checkpointing.
             use_memory: `False` reads sinks and window only; defaults to `config.use_memory`.
             retention_noise_seed: in training, seeds Gumbel noise on which entries stay; pass the step number.
+            hidden_states_to_keep: the last layer computes, and `last_hidden_state` holds, only the last so many tokens, 0 for none
+                (None: all). The memory is the same.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`forward` takes either `input_ids` or `inputs_embeds`, and exactly one of them.")
@@ -556,7 +589,10 @@ class BwrDncModel(BwrDncPreTrainedModel):
             if state is not None and (is_checkpointing or not call.keeps_state):
                 # The layer may run twice, or must leave no trace.
                 state = state.map(torch.Tensor.clone)
-            hidden_states, state = decoder_layer(hidden_states, call=call, state=state, layer=cache_layer)
+            num_kept = hidden_states_to_keep if decoder_layer is self.layers[-1] else None
+            hidden_states, state = decoder_layer(
+                hidden_states, call=call, state=state, layer=cache_layer, num_kept=num_kept
+            )
             if call.keeps_state and cache_layer is not None:
                 cache_layer.state = state
         if cache is not None and call.keeps_state:
@@ -836,22 +872,18 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         )
         options = {"past_key_values": past_key_values, "use_cache": use_cache, "use_memory": use_memory, **kwargs}
-        if (
-            only_last
-            and num_tokens > block_length
-            and labels is None
-            and not torch.is_grad_enabled()
-            and not shows_all
-        ):
+        only_last = only_last and labels is None and not shows_all
+        if only_last and num_tokens > block_length and not torch.is_grad_enabled():
             outputs = self._read_in_blocks(inputs, num_tokens, block_length, logits_to_keep, options)
         else:
-            outputs = self.model(**inputs, **options)
+            num_kept = logits_to_keep if only_last else None
+            outputs = self.model(**inputs, **options, hidden_states_to_keep=num_kept)
         hidden_states = _kept_positions(outputs.last_hidden_state, logits_to_keep)
         loss = None
         if labels is not None and self._has_plain_loss(hidden_states, labels, kwargs):
             loss, logits = self._loss_and_logits(hidden_states, labels, skip_logits, kwargs.get("num_items_in_batch"))
         else:
-            logits = self.lm_head(hidden_states)
+            logits = apply_linear(self.lm_head, hidden_states)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
@@ -895,10 +927,10 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             block = {name: None if value is None else value[:, start:stop] for name, value in inputs.items()}
             if mask is not None:
                 block["attention_mask"] = mask[:, (num_before + start if start else 0) : num_before + stop]
-            outputs = self.model(**block, **options | {"past_key_values": cache, "use_cache": True})
+            wanted = {"hidden_states_to_keep": max(stop - max(start, num_tokens - num_kept), 0)}
+            outputs = self.model(**block, **options | {"past_key_values": cache, "use_cache": True} | wanted)
             cache = outputs.past_key_values
-            if stop > num_tokens - num_kept:
-                kept.append(outputs.last_hidden_state)
+            kept.append(outputs.last_hidden_state)
         outputs.last_hidden_state = torch.cat(kept, dim=1)
         outputs.past_key_values = cache if keeps_cache else None
         return outputs
@@ -976,6 +1008,11 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
         )
 
     generate_batch = init_continuous_batching
+
+
+def last_positions(hidden_states: torch.Tensor, count: int | None) -> torch.Tensor:
+    """The last `count` tokens, at most all, of [B, T, ...]; None: all."""
+    return hidden_states if count is None else hidden_states[:, max(hidden_states.shape[1] - count, 0) :]
 
 
 def _kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -872,7 +872,8 @@ class StateBankCache(Cache):
                     "tensors are truncated or altered; restore both files from a copy."
                 )
             cache = cls(layers=[_CACHE_LAYERS[kind]() for kind in description["layer_types"]])
-            tensors = load_safetensors(blob)
+            # Copied to where torch puts tensors: products can differ in the last bit with where in memory a matrix begins.
+            tensors = {name: tensor.clone() for name, tensor in load_safetensors(blob).items()}
             for index, layer in enumerate(cache.layers):
                 layer.state = _state_from_files(description, tensors, index)
         except (KeyError, TypeError, OSError) as error:

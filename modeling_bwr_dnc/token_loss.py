@@ -16,6 +16,8 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from .linear import add_product, is_plain, linear, linear_into
+
 IGNORED = -100
 
 
@@ -28,7 +30,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for_hidden, for_weight = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         hidden_gradient = torch.empty_like(hidden_states) if for_hidden else None
         weight_gradient = torch.zeros_like(weight) if for_weight else None
-        kept = hidden_states @ weight.T if keeps_logits else None
+        kept = linear(hidden_states, weight) if keeps_logits else None
         precise = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=weight.device)
         # One for all chunks: on a CPU most of the time of a large new tensor goes into its first touch.
@@ -40,7 +42,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if kept is not None:
                 logits = kept[part].to(precise)
             elif weight.dtype == precise:
-                logits = torch.mm(hidden_states[part], weight.T, out=shares)
+                logits = linear_into(shares, hidden_states[part], weight)
             else:
                 logits = (hidden_states[part] @ weight.T).to(precise)
             chosen, highest = logits.gather(1, label), logits.amax(-1, keepdim=True)
@@ -51,9 +53,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 # d loss / d logits = softmax - onehot
                 gradient = shares.mul_(counts / sums).scatter_add_(1, label, -counts).to(weight.dtype)
                 if for_hidden:
-                    torch.mm(gradient, weight, out=hidden_gradient[part])
+                    linear_into(hidden_gradient[part], gradient, weight.T)
                 if for_weight:
-                    weight_gradient.addmm_(gradient.T, hidden_states[part])
+                    add_product(weight_gradient, gradient, hidden_states[part])
         inputs = (hidden_states, weight) if keeps_logits else (None, None)
         ctx.save_for_backward(hidden_gradient, weight_gradient, *inputs)
         return total, kept
@@ -109,6 +111,5 @@ def summed_cross_entropy(
 
 
 def is_plain_head(head: nn.Module) -> bool:
-    """Whether a head is its weight and nothing else: not quantised, wrapped, replaced or hooked."""
-    has_hooks = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-    return type(head) is nn.Linear and head.bias is None and not has_hooks
+    """Whether a head is its weight and nothing else."""
+    return is_plain(head) and head.bias is None

@@ -161,6 +161,22 @@ def test_a_long_input_is_read_in_blocks_with_the_same_result(model):
             )
 
 
+@pytest.mark.parametrize("last_layer", ["state_bank_attention", "sink_window_attention"])
+@pytest.mark.parametrize("num_kept", [0, 1, 5])
+def test_hidden_states_that_are_not_kept_leave_the_memory_as_it_is(last_layer, num_kept):
+    model = small_model(layer_types=["state_bank_attention", last_layer]).double()
+    ids = torch.randint(0, 50, (2, 90), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, 70:] = 0
+    with torch.no_grad():
+        whole, part = (model.model(ids, attention_mask=mask, hidden_states_to_keep=kept) for kept in (None, num_kept))
+        expected = whole.last_hidden_state[:, 90 - num_kept :]
+        torch.testing.assert_close(part.last_hidden_state, expected, rtol=1e-9, atol=1e-9)
+        for mine, theirs in zip(part.past_key_values.states, whole.past_key_values.states, strict=True):
+            assert mine.rows == theirs.rows
+            torch.testing.assert_close(mine.cleared().tensors(), theirs.cleared().tensors(), rtol=1e-9, atol=1e-9)
+
+
 def test_heads_for_classification_ignore_padding():
     for head in (BwrDncForSequenceClassification, BwrDncForTokenClassification):
         config = small_model(pad_token_id=0).config
@@ -261,6 +277,19 @@ def test_what_an_mlp_computes_again_is_what_it_computed(model, dropout):
     torch.manual_seed(1)
     kept = gradients(mlp._gated(mlp.gate_proj(inputs), mlp.up_proj(inputs)))
     torch.testing.assert_close(again, kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_an_mlp_gives_the_same_in_parts(model, monkeypatch, is_checkpointed):
+    mlp = model.double().model.layers[0].mlp
+    inputs = torch.randn(2, 9, model.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    found = []
+    for largest in (1 << 24, 2 * 4 * 8 * model.config.intermediate_size):
+        monkeypatch.setattr("modeling_bwr_dnc.modeling_bwr_dnc.LARGEST_REUSED", largest)
+        assert len(mlp._parts(inputs)) == (1 if largest == 1 << 24 else 3)
+        output = mlp(inputs, is_checkpointed)
+        found.append([output, *torch.autograd.grad(output.square().sum(), [inputs, *mlp.parameters()])])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 def test_lora_needs_no_target_names_and_leaves_the_memory_alone(model):
