@@ -75,7 +75,7 @@ def _onednn_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     # It takes any strides, but has fast kernels for dense tensors only.
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(inputs.contiguous(), weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(inputs.contiguous(), weight, bias, "none", [], "")
 
 
 class _OneDnnLinear(torch.autograd.Function):

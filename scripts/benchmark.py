@@ -31,7 +31,7 @@ from modeling_bwr_dnc.evaluation.benchmark_report import (
     summarize,
 )
 from modeling_bwr_dnc.evaluation.machine import CLOCKS
-from modeling_bwr_dnc.evaluation.peers import FULL, OURS, PEERS
+from modeling_bwr_dnc.evaluation.peers import DEFAULT_PEERS, FULL, OURS, PEERS
 from modeling_bwr_dnc.loading import read_config
 from modeling_bwr_dnc.presets import preset_path
 from modeling_bwr_dnc.staging import write_text
@@ -70,7 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="lengths for everything, 512 to 131072 say (by default train 512 2048 8192, prefill up to 32768, decode after 512 8192 "
         "32768, memory of a step at 8192, of reading at 2048 16384 131072)",
     )  # fmt: skip
-    parser.add_argument("--models", nargs="+", choices=PEERS, default=list(PEERS), help="which models (all)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=PEERS,
+        default=DEFAULT_PEERS,
+        help="which models (all but llama-onednn: Llama, its linear layers computed as BWR-DNC's are)",
+    )
     parser.add_argument("--quick", action="store_true", help="small model, short lengths, about two minutes")
     process = parser.add_argument_group("process")
     process.add_argument("--threads", type=int, help=f"threads of torch (here {torch.get_num_threads()})")

@@ -31,6 +31,7 @@ from modeling_bwr_dnc import BwrDncConfig
 from modeling_bwr_dnc.evaluation import machine
 from modeling_bwr_dnc.evaluation.machine import REPOSITORY, in_fresh_process, middle, timed
 from modeling_bwr_dnc.evaluation.peers import (
+    DEFAULT_PEERS,
     FULL,
     OURS,
     PEERS,
@@ -78,7 +79,7 @@ class Settings:
     """What all measurements of a run have in common."""
 
     config: BwrDncConfig
-    models: tuple[str, ...] = tuple(PEERS)
+    models: tuple[str, ...] = DEFAULT_PEERS
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1

@@ -10,7 +10,13 @@ from modeling_bwr_dnc.evaluation.peers import FULL, OURS, PEERS
 
 OWN_LOSS_CHECKPOINTED, OWN_LOSS = "own loss, checkpointing on", "own loss, checkpointing off"
 CHUNKED_ON_BOTH = "chunked loss, checkpointing off"
-COLORS = {OURS: "#c8455a", FULL: "#22252b", "sliding-window": "#1f6f8b", "mamba2": "#e9a23b"}
+COLORS = {
+    OURS: "#c8455a",
+    FULL: "#22252b",
+    "llama-onednn": "#8a8f99",
+    "sliding-window": "#1f6f8b",
+    "mamba2": "#e9a23b",
+}
 TITLES = {"train": "training", "prefill": "prefill", "decode": "decode"}
 
 

@@ -14,6 +14,8 @@ from statistics import median
 import torch
 import transformers
 
+from ..linear import linear
+
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
@@ -42,10 +44,13 @@ def timed(function: Callable[[], object], device: str = "cpu", clock: str = "wal
 
 
 def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 2048, clock: str = "wall") -> float:
-    """Floating point operations per second of the best of some square matrix products."""
+    """Floating point operations per second of the best of some square matrix products, by torch's library or by `linear`'s."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    timed(lambda: left @ right, device)
-    return 2.0 * size**3 / min(timed(lambda: left @ right, device, clock) for _ in range(5))
+    seconds = []
+    for product in (lambda: left @ right, lambda: linear(left, right)):
+        timed(product, device)
+        seconds += [timed(product, device, clock) for _ in range(5)]
+    return 2.0 * size**3 / min(seconds)
 
 
 def memory_bandwidth(device: str = "cpu", num_bytes: int = 1 << 30, clock: str = "wall") -> float:

@@ -3,9 +3,11 @@
 Shapes: `P` positions, `S` segment length.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM
+from modeling_bwr_dnc.linear import linear
 
 # Positions that the peers are declared for; BWR-DNC's own never grow with the length.
 PEER_POSITIONS = 1 << 18
@@ -36,6 +39,8 @@ class Peer:
         visible_keys: keys that the query at each of P positions reads, over all layers, [P]; None for a recurrent model.
         read_block_length: a prompt is given in blocks of so many tokens (None: in one call).
         longest_training: tokens of a training step above which its memory is out of proportion (None: no limit).
+        has_lazy_end: its last layer computes outputs for the tokens alone whose logits are wanted.
+        is_default: measured unless other models are named.
     """
 
     name: str
@@ -43,6 +48,8 @@ class Peer:
     visible_keys: Callable[[BwrDncConfig, int], np.ndarray] | None
     read_block_length: int | None = None
     longest_training: int | None = None
+    has_lazy_end: bool = False
+    is_default: bool = True
 
 
 def shared_shape(config: BwrDncConfig) -> dict:
@@ -60,6 +67,15 @@ def shared_shape(config: BwrDncConfig) -> dict:
 
 def build_llama(config: BwrDncConfig) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**shared_shape(config)))
+
+
+def build_llama_onednn(config: BwrDncConfig) -> PreTrainedModel:
+    """Llama, its linear layers computed as BWR-DNC's are: what is left of a difference is not a matter of the library."""
+    model = build_llama(config)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(linear, weight=module.weight, bias=module.bias)
+    return model
 
 
 def build_sliding_window(config: BwrDncConfig) -> PreTrainedModel:
@@ -133,8 +149,9 @@ OURS, FULL = "bwr-dnc", "llama"
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer(OURS, BwrDncForCausalLM, visible_to_bwr_dnc),
+        Peer(OURS, BwrDncForCausalLM, visible_to_bwr_dnc, has_lazy_end=True),
         Peer(FULL, build_llama, visible_to_llama),
+        Peer("llama-onednn", build_llama_onednn, visible_to_llama, is_default=False),
         # In one call its mask alone would be as large as the square of the length.
         Peer("sliding-window", build_sliding_window, visible_to_sliding_window, read_block_length=1024),
         # A step of 8,192 tokens at 120 million parameters, beside the other models, did not fit into 24 GB: without its CUDA
@@ -142,6 +159,7 @@ PEERS = {
         Peer("mamba2", build_mamba2, None, read_block_length=1024, longest_training=4096),
     )
 }
+DEFAULT_PEERS = tuple(name for name, peer in PEERS.items() if peer.is_default)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,8 +175,16 @@ def forward_flops(peer: Peer, model: PreTrainedModel, config: BwrDncConfig, num_
     and consolidation, the scan of a recurrent model, all elementwise work, and anything computed twice.
     """
     head = model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    flops = 2.0 * linear * num_tokens + 2.0 * head.weight.numel() * num_logits
+
+    def weights_of(module: nn.Module) -> int:
+        return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear) and m is not head)
+
+    flops = 2.0 * weights_of(model) * num_tokens + 2.0 * head.weight.numel() * num_logits
+    if peer.has_lazy_end and num_logits < num_tokens:
+        last = model.get_decoder().layers[-1]
+        flops -= 2.0 * (weights_of(last.mlp) + weights_of(last.self_attn.o_proj)) * (num_tokens - num_logits)
+        config = copy.copy(config)
+        config.layer_types = config.layer_types[:-1]
     if peer.visible_keys is not None:
         pairs = float(peer.visible_keys(config, num_tokens).sum())
         flops += 4.0 * config.num_attention_heads * config.head_dim * pairs

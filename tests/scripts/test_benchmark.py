@@ -11,7 +11,14 @@ from transformers import AutoConfig
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM
 from modeling_bwr_dnc.evaluation.benchmark_report import markdown, slope, speed_ratio, summarize
 from modeling_bwr_dnc.evaluation.machine import in_fresh_process
-from modeling_bwr_dnc.evaluation.peers import PEERS, build_llama, cache_nbytes, forward_flops, prefix_lengths
+from modeling_bwr_dnc.evaluation.peers import (
+    DEFAULT_PEERS,
+    PEERS,
+    build_llama,
+    cache_nbytes,
+    forward_flops,
+    prefix_lengths,
+)
 from scripts import benchmark, cuda_smoke
 
 PAIR = ("bwr-dnc", "llama")
@@ -114,7 +121,7 @@ def test_peers_of_other_kinds_are_measured_too(call, preset, tmp_path):
         "--decode-tokens",
         4,
     )
-    assert {entry["model"] for entry in results["measurements"]} == set(PEERS)
+    assert {entry["model"] for entry in results["measurements"]} == set(DEFAULT_PEERS)
 
 
 def test_what_there_is_no_time_for_is_named(call, preset, tmp_path):
@@ -123,7 +130,7 @@ def test_what_there_is_no_time_for_is_named(call, preset, tmp_path):
     )
     assert not results["measurements"]
     assert {(row["what"], row["model"]) for row in results["skipped"]} == {
-        *(("train", name) for name in PEERS), ("cold", "bwr-dnc"), ("cold", "llama"),
+        *(("train", name) for name in DEFAULT_PEERS), ("cold", "bwr-dnc"), ("cold", "llama"),
     }  # fmt: skip
     assert "the time limit was reached" in text
 
@@ -165,19 +172,35 @@ def test_entries_counted_are_those_that_the_model_holds(small_config, layer_type
     assert counted[-1] == 2 + (22 if layer_type == "state_bank_attention" else 0)
 
 
-def test_operations_counted_are_those_that_run():
-    """Against torch's own counter, on Llama, where nothing is left out but half of the causal attention that it counts."""
+@pytest.mark.parametrize(("name", "num_layers_attending"), [("llama", 2), ("bwr-dnc", 1)])
+def test_operations_counted_are_those_that_run(name, num_layers_attending):
+    """
+    Against torch's own counter, where nothing is left out but half of the causal attention that it counts; of BWR-DNC's last layer,
+    its memory aside, nothing is computed that one logit does not need, but the attention of a block.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     config = BwrDncConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
-    )
-    model, num_tokens = build_llama(config).eval(), 40
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        layer_types=["sink_window_attention"] * 2,
+    )  # fmt: skip
+    model, num_tokens = PEERS[name].build(config).eval(), 40
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, num_tokens, dtype=torch.int64), use_cache=False, logits_to_keep=1)
     products = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
-    attention = 4 * 32 * 2 * num_tokens * (num_tokens + 1) / 2
-    assert forward_flops(PEERS["llama"], model, config, num_tokens, 1) == products + attention
+    attention = num_layers_attending * 4 * 32 * num_tokens * (num_tokens + 1) / 2
+    assert forward_flops(PEERS[name], model, config, num_tokens, 1) == products + attention
+
+
+def test_llama_by_our_products_is_llama():
+    config = BwrDncConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2
+    )
+    logits = []
+    for name in ("llama", "llama-onednn"):
+        torch.manual_seed(0)
+        logits.append(PEERS[name].build(config)(torch.arange(40)[None]).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 def test_all_models_have_about_the_same_number_of_parameters():
