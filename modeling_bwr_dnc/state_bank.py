@@ -586,6 +586,15 @@ class StateBankCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
     @property
+    def consolidates_next(self) -> bool:
+        """
+        Whether the window of a row is full, so that its next token consolidates. A compiled decoding step, which would take minutes to
+        compile consolidation, too, leaves that token to the model as it is.
+        """
+        room = 2 * self.layers[0].state.settings.segment_length if self.states else 0
+        return any(row.seen - row.window_start == room for row in self.rows)
+
+    @property
     def history(self) -> torch.Tensor | None:
         """Rolling hash of the token ids each row has read, [B] int64."""
         return self.layers[0].state.history if self.states else None

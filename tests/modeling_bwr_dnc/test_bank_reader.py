@@ -74,11 +74,12 @@ def test_training_and_decoding_compile_without_graph_breaks():
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
 
-def test_decoding_compiles_a_few_times_and_not_for_every_position():
-    """With dynamic shapes: a token, one whose query is stored, one after a consolidation; over three of them."""
+@pytest.mark.parametrize(("leaves_consolidation", "most"), [(False, 5), (True, 3)])
+def test_decoding_compiles_a_few_times_and_not_for_every_position(leaves_consolidation, most):
+    """With dynamic shapes: a token, one whose query is stored, one after a consolidation (if not left to the model); over three of them."""
     config = tiny_config(num_hidden_layers=2, layer_types=["sink_window_attention", "state_bank_attention"])
     model, length = tiny_model(config), 6 * config.segment_length + 1
-    graphs = []
+    graphs, num_left = [], 0
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -87,11 +88,14 @@ def test_decoding_compiles_a_few_times_and_not_for_every_position():
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     ids = token_ids(length + 3 * config.segment_length)
+    expected, _ = read(model, ids)
+    _, cache = read(model, ids[:, :length])
     found = []
-    for call in (model, compiled):
-        _, cache = read(model, ids[:, :length])
-        with torch.no_grad():
-            steps = [call(ids[:, i : i + 1], past_key_values=cache).logits for i in range(length, ids.shape[1])]
-        found.append(torch.cat(steps, dim=1))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
-    assert len(graphs) <= 5
+    with torch.no_grad():
+        for i in range(length, ids.shape[1]):
+            is_left = leaves_consolidation and cache.consolidates_next
+            num_left += is_left
+            found.append((model if is_left else compiled)(ids[:, i : i + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected[:, length:], rtol=1e-9, atol=1e-9)
+    assert len(graphs) <= most
+    assert num_left == (3 if leaves_consolidation else 0)
