@@ -58,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--memory-learning-rate", type=float, default=1e-2)
     parser.add_argument("--salience-cost", type=float, default=0.02, help="weight of the cost of being salient (0.02)")
+    parser.add_argument(
+        "--salience-margin", type=float, default=0.0, help="how far below 0 that cost pushes what no answer needs (0)"
+    )
     parser.add_argument("--memory-slots", nargs=3, type=int, default=[32, 16, 8], metavar="N", help="raw, 2x, 4x")
     parser.add_argument(
         "--setting",
@@ -109,6 +112,7 @@ def train_task(arguments: argparse.Namespace) -> None:
                 arguments.memory_learning_rate,
                 retention_noise=kind != "no_noise",
                 salience_cost=arguments.salience_cost,
+                salience_margin=arguments.salience_margin,
                 measure=lambda model: task_accuracy(model, _unseen(task), 8)["exact"],
             )
             model = learned.model

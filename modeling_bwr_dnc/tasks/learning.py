@@ -148,6 +148,7 @@ def learn(
     memory_learning_rate: float = 1e-2,
     retention_noise: bool = True,
     salience_cost: float = 0.02,
+    salience_margin: float = 0.0,
     measure: Callable[[PreTrainedModel], float] | None = None,
     measure_every: int = 50,
     stop_at: float | None = None,
@@ -162,7 +163,7 @@ def learn(
             that this takes counts as training.
         memory_learning_rate: of salience, routing and compressor, which get no weight decay.
         retention_noise: Gumbel noise on what the memory keeps, without which an entry that is never kept is never tried.
-        salience_cost: see `BwrDncTrainingArguments`.
+        salience_cost, salience_margin: see `BwrDncTrainingArguments`.
         measure: accuracy of the model; called every `measure_every` steps.
         stop_at: end the training when `measure` has reached this.
     """
@@ -184,6 +185,7 @@ def learn(
             memory_learning_rate=memory_learning_rate,
             retention_noise=retention_noise,
             salience_cost=salience_cost if is_ours else 0.0,
+            salience_margin=salience_margin,
             lr_scheduler_type="warmup_stable_decay",
             lr_scheduler_kwargs={"num_decay_steps": round(0.3 * num_steps), "min_lr_ratio": 0.05},
             warmup_steps=min(50, num_steps // 4),

@@ -37,6 +37,13 @@ class BwrDncTrainingArguments(TrainingArguments):
             "answers of a task stop teaching it once they are right."
         },
     )
+    salience_margin: float = field(
+        default=0.0,
+        metadata={
+            "help": "How far below 0 the salience cost pushes, added to the logits in its softplus; above 0 it leaves alone what the loss "
+            "pulls up. Rows longer than those of the training have more noise, so that facts must be ahead of it by more."
+        },
+    )
     optimizer_in_backward: bool = field(
         default=False,
         metadata={"help": "Update each parameter as soon as its gradient is complete, and free the gradient at once."},
@@ -60,6 +67,7 @@ class BwrDncTrainingArguments(TrainingArguments):
             ("loss_chunk_length", 1),
             ("gradient_accumulation_steps", 1),
             ("salience_cost", 0),
+            ("salience_margin", 0),
         )
         for name, least in counts:
             if not getattr(self, name) >= least:

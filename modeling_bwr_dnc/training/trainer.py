@@ -40,7 +40,9 @@ class BwrDncTrainer(Trainer):
                 "DeepSpeed updates the weights after every backward pass, but detached spans need several per step; set "
                 "gradient_spans to 0, or use DDP or FSDP2."
             )
-        self.salience_cost = SalienceCost(self.model) if self.args.salience_cost else None
+        self.salience_cost = None
+        if self.args.salience_cost:
+            self.salience_cost = SalienceCost(self.model, self.args.salience_margin)
         self.gate_movement = GateMovement(self.model) if self.args.log_memory else None
         self.memory_metrics: dict[str, float] = {}
 

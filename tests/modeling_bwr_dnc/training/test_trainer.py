@@ -99,10 +99,24 @@ def test_salience_costs_what_is_said(train, rows, options):
         torch.testing.assert_close(gradients[0][name] - gradients[1][name], expected, atol=1e-5, rtol=1e-3)
 
 
+def test_a_salience_margin_costs_the_same_with_layers_computed_again(train, rows):
+    gradients = []
+    for again in (False, True):
+        options = {"salience_cost": 0.3, "salience_margin": 8.0, "span_length": None, "gradient_checkpointing": again}
+        trainer = train(max_steps=1, learning_rate=0.0, **options)
+        torch.manual_seed(1)
+        trainer.model.zero_grad()
+        trainer.training_step(trainer.model, dict(trainer.data_collator([rows[0], rows[1]])))
+        gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+    assert any(".salience." in name and gradient.any() for name, gradient in gradients[0].items())
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"salience_cost": -1.0}, "salience_cost"),
+        ({"salience_margin": -1.0}, "salience_margin"),
         ({"optimizer_in_backward": True}, "max_grad_norm"),
         ({"optimizer_in_backward": True, "max_grad_norm": 0.0, "span_length": 8}, "gradient_spans"),
         ({"span_length": 0}, "span_length"),
