@@ -6,6 +6,7 @@ Examples:
   python -m scripts.evaluate --model DIR --output results --measures loss --text book.txt --lengths 16384
   python -m scripts.evaluate --model DIR --output results --measures needle --kind name --score attention
   python -m scripts.evaluate --model DIR --output results --measures facts --text book.txt --lengths 2048 16384 --rows 4
+  python -m scripts.evaluate --model DIR --output results --measures sessions --text book.txt --lengths 4096 --policies memory
   python -m scripts.evaluate --model DIR --output results --measures budgets --text book.txt --lengths 8192 --budgets 256 768
   python -m scripts.evaluate --model DIR --output results --measures accuracy pairs --task lookup --pairs 8 16 32
 """
@@ -34,10 +35,12 @@ from modeling_bwr_dnc.evaluation.policies import CONTROLS, POLICIES
 from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
 from modeling_bwr_dnc.evaluation.recall import measure_budgets, measure_recall
 from modeling_bwr_dnc.evaluation.report import write_report
+from modeling_bwr_dnc.evaluation.sessions import measure_sessions
 from modeling_bwr_dnc.tasks import TASKS, Passkey, Task, TextNeedle
 from scripts.command_line import add_device, check_least, check_output, load_bare_model, load_model, run
 
-MEASURES = ("loss", "passkey", "needle", "facts", "budgets", "accuracy", "pairs")
+TEXT_MEASURES = ("loss", "passkey", "needle", "facts", "sessions", "budgets")
+MEASURES = (*TEXT_MEASURES, "accuracy", "pairs")
 # Written beside a model that was trained on a task.
 TASK_FILE = "task.json"
 
@@ -94,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     check_least(arguments, lengths=2, rows=1, pairs=1, slots=0, budgets=1, full_limit=0)
     check_output(arguments.output)
-    text_measures = [name for name in arguments.measures if name in ("loss", "passkey", "needle", "facts", "budgets")]
+    text_measures = [name for name in arguments.measures if name in TEXT_MEASURES]
     if text_measures:
         model, tokenizer = load_model(arguments.model, arguments.device)
     else:
@@ -163,6 +166,19 @@ def _facts(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
     return {"facts": measure_recall(model, tokenizer, token_ids, policies, arguments.lengths, **options)}
 
 
+def _sessions(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+    token_ids = tokenizer(_text(arguments), add_special_tokens=False, verbose=False).input_ids
+    options = {"num_texts": arguments.rows, "seed": arguments.seed, "full_limit": arguments.full_limit}
+    records = measure_sessions(
+        model, tokenizer, token_ids, policies, arguments.lengths, model_name=arguments.model, **options
+    )
+    same = sum(round(record["same"] * record["answers"]) for record in records)
+    print(
+        f"  {same} of {sum(record['answers'] for record in records)} answers are those without the break, bit for bit"
+    )
+    return {"sessions": records}
+
+
 def _budgets(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
     token_ids = tokenizer(_text(arguments), add_special_tokens=False, verbose=False).input_ids
     length, options = max(arguments.lengths), {"num_texts": arguments.rows, "seed": arguments.seed}
@@ -205,6 +221,7 @@ MEASURING = {
     "passkey": _passkey,
     "needle": _needle,
     "facts": _facts,
+    "sessions": _sessions,
     "budgets": _budgets,
     "accuracy": _accuracy,
     "pairs": _pairs,

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..retrofit.facts import Fact, hide_facts, sentence_ends
+from ..state_bank import StateBankCache
 from .measuring import read_blocks, read_losses
 from .metrics.answer_accuracy.answer_accuracy import answer_accuracy
 from .policies import PINNED, policy_settings, settings_changed
@@ -136,13 +137,21 @@ def recalled(
             cache = memory
     else:
         cache = memory_of(model, text, pinned)
-    answers = []
-    for fact in facts:
-        question, answer = fact.token_ids(tokenizer)
-        asked = torch.tensor([question + answer], device=model.device)
-        logits = model(asked, past_key_values=cache.clone(), use_cache=True).logits[0, len(question) - 1 : -1]
-        answers.append((logits.argmax(-1).tolist(), answer))
+    answers = [
+        (answer_logits(model, tokenizer, cache, fact).argmax(-1).tolist(), fact.token_ids(tokenizer)[1])
+        for fact in facts
+    ]
     return Recalled(answers, torch.cat(losses), cache.nbytes)
+
+
+@torch.no_grad()
+def answer_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: StateBankCache, fact: Fact
+) -> torch.Tensor:
+    """Logits [A, V] at the tokens of a fact's answer, given the true ones before, when a copy of a memory is asked for it."""
+    question, answer = fact.token_ids(tokenizer)
+    asked = torch.tensor([question + answer], device=model.device)
+    return model(asked, past_key_values=cache.clone(), use_cache=True).logits[0, len(question) - 1 : -1]
 
 
 def memory_of(model: PreTrainedModel, text: torch.Tensor, pinned: Sequence[bool] | None = None):

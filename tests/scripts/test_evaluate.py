@@ -30,6 +30,15 @@ def test_facts_asked_from_forks_of_one_reading(call, tiny_model, tmp_path):
     assert all(record["answers"] == 2 and 0 <= record["exact"] <= 1 for record in records)
 
 
+def test_a_new_process_answers_as_this_one_does(call, tiny_model, tmp_path):
+    arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "sessions", "facts", "--lengths", 700]
+    code, printed, errors = call(evaluate, *arguments, "--rows", 1, "--policies", "memory", "--memory-slots", 12, 4, 0)
+    assert code == 0, errors
+    measured = json.loads((tmp_path / "results.json").read_text())["measurements"]
+    assert [record.pop("same") for record in measured["sessions"]] == [1.0] * 8
+    assert measured["sessions"] == measured["facts"] and "8 of 8 answers are" in printed
+
+
 def test_facts_and_loss_against_bytes(call, tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "budgets", "--lengths", 700, "--rows", 1]
     policies = ["memory", "raw", "score:attention", "full"]

@@ -1,0 +1,103 @@
+"""
+Facts over two sessions: one process reads a text and saves its memory; a new one loads it, and is asked for the facts.
+
+The new process gets a folder: the memory, and `session.json` with the model, its settings and the facts. It leaves the logits of
+the answers there: python -m modeling_bwr_dnc.evaluation.sessions FOLDER
+"""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..loading import read_model, read_tokenizer
+from ..retrofit.facts import Fact
+from ..state_bank import StateBankCache
+from .policies import policy_settings, settings_changed
+from .recall import KINDS, accuracy, answer_logits, memory_of, text_to_recall
+
+SESSION_FILE = "session.json"
+LOGITS_FILE = "logits.safetensors"
+
+
+def measure_sessions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: list[int],
+    policies: Sequence[str],
+    lengths: Sequence[int],
+    num_texts: int,
+    model_name: str,
+    seed: int = 0,
+    full_limit: int | None = None,
+) -> list[dict]:
+    """
+    What `measure_recall` does, but a new process answers; `same` is the share of answers whose logits equal, bit for bit, those
+    without the break.
+
+    Args:
+        model_name: folder or Hub name that the new process loads the model from.
+    """
+    records = []
+    for policy in policies:
+        for length in lengths:
+            if policy == "full" and full_limit is not None and length > full_limit:
+                continue
+            settings = {"memory_slots": list(model.config.memory_slots), **policy_settings(model, policy, length)}
+            by_depth: list[list[tuple]] = [[] for _ in KINDS]
+            for number in range(num_texts):
+                text, _, facts = text_to_recall(tokenizer, token_ids, length, random.Random(f"{seed} {number}"))
+                with settings_changed(model, **settings):
+                    cache = memory_of(model, torch.tensor([text]))
+                    here = [answer_logits(model, tokenizer, cache, fact).cpu() for fact in facts]
+                there = answered_elsewhere(cache, facts, model_name, settings, model.device)
+                for index, fact in enumerate(facts):
+                    answer = (there[index].argmax(-1).tolist(), fact.token_ids(tokenizer)[1])
+                    by_depth[index].append((answer, torch.equal(here[index], there[index])))
+            for index, found in enumerate(by_depth):
+                depth, same = round((index + 0.5) / len(KINDS), 2), sum(same for _, same in found) / num_texts
+                record = {"policy": policy, "length": length, "depth": depth, "same": same}
+                records.append(record | accuracy([answer for answer, _ in found]))
+    return records
+
+
+def answered_elsewhere(
+    cache: StateBankCache, facts: Sequence[Fact], model_name: str, settings: dict, device: torch.device
+) -> list[torch.Tensor]:
+    """Save a memory, and have a new process load it and answer for `facts`: the logits of each answer, [A, V]."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache.save_pretrained(folder)
+        session = {"model": str(model_name), "settings": settings, "device": str(device)}
+        session["facts"] = [dataclasses.asdict(fact) for fact in facts]
+        Path(folder, SESSION_FILE).write_text(json.dumps(session), encoding="utf-8")
+        command = [sys.executable, "-m", __name__, folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise ValueError(f"the new process for {model_name} failed: {reason}")
+        logits = load_file(Path(folder, LOGITS_FILE))
+    return [logits[str(index)] for index in range(len(facts))]
+
+
+def answer_session(folder: str) -> None:
+    """The second session."""
+    session = json.loads(Path(folder, SESSION_FILE).read_text(encoding="utf-8"))
+    model, tokenizer = read_model(session["model"]).to(session["device"]).eval(), read_tokenizer(session["model"])
+    for name, value in session["settings"].items():
+        setattr(model.config, name, value)
+    cache = StateBankCache.from_pretrained(folder, config=model.config, device=model.device)
+    facts = [Fact(**fact) for fact in session["facts"]]
+    logits = [answer_logits(model, tokenizer, cache, fact).cpu().contiguous() for fact in facts]
+    save_file({str(index): tensor for index, tensor in enumerate(logits)}, Path(folder, LOGITS_FILE))
+
+
+if __name__ == "__main__":
+    answer_session(sys.argv[1])
