@@ -39,6 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--scale", type=float, default=0.001, help="standard deviation of salience over ordinary text (0.001)"
     )
     parser.add_argument(
+        "--repeats",
+        type=float,
+        default=0.0,
+        help="weight of what a text says again word for word, beside that of facts; 0: none (0)",
+    )
+    parser.add_argument(
         "--pooling", type=int, default=17, help="tokens over which salience is averaged when slots are retained (17)"
     )
     parser.add_argument(
@@ -76,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 def train_memory(arguments: argparse.Namespace) -> None:
     if Path(arguments.output).exists():
         raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
-    check_least(arguments, boost_steps=0, compressor_steps=0)
+    check_least(arguments, boost_steps=0, compressor_steps=0, repeats=0)
     check_output(Path(arguments.output).parent)
     model, tokenizer = load_model(arguments.model, arguments.device)
     model.config.salience_pooling = arguments.pooling
@@ -104,7 +110,13 @@ def train_memory(arguments: argparse.Namespace) -> None:
             progress.update(num_tokens)
 
         gaps = fit_salience(
-            model, tokenizer, tokens, seed=arguments.seed, scale=arguments.scale, on_progress=on_progress
+            model,
+            tokenizer,
+            tokens,
+            seed=arguments.seed,
+            scale=arguments.scale,
+            repeats=arguments.repeats,
+            on_progress=on_progress,
         )
     if arguments.boost_steps:
         with tqdm(total=arguments.boost_steps, unit="step", desc="fitting the boosts", delay=1) as progress:

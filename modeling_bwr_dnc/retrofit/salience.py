@@ -10,6 +10,9 @@ The head is then scaled, so that salience has a small standard deviation over or
 usage is a share of attention, mostly far below 0.01: a small salience lifts facts above nearly all use and leaves the order of the
 rest to it. Since the salience bias of so small a logit is next to nothing, attention itself stays as it was.
 
+With `repeats`, what a text will say again word for word, when its first saying has left the window, counts besides: the discriminant
+between such tokens and all others, computed alike, is added to the head. A memory that has lost a heading cannot foresee it.
+
 Last, a second, shorter reading finds the salience that only few tokens of ordinary text exceed, and the head is shifted so that it
 is 0 there: `salience_boost` then favours facts alone. A head has no bias; the shift is along the direction in which the inputs vary
 least beside their mean, `C_text^-1 mean_text`, which in a trained model is nearly constant (to 2 to 5% in SmolLM2-135M).
@@ -96,6 +99,23 @@ def text_with_facts(
     return *hide_facts(tokenizer, token_ids, places), list(places.values())
 
 
+def said_again(token_ids: Sequence[int], within: tuple[int, int], width: int = 4) -> list[bool]:
+    """
+    Which tokens end `width` tokens in a row that come again, next after more than the first and at most the second of `within`
+    tokens.
+    """
+    last_use: dict[tuple[int, ...], int] = {}
+    marks = [False] * len(token_ids)
+    for end in range(len(token_ids), width - 1, -1):
+        words = tuple(token_ids[end - width : end])
+        marks[end - 1] = words in last_use and within[0] < last_use[words] - end <= within[1]
+        last_use[words] = end
+    return marks
+
+
+# Classes of tokens; those of none are -1.
+TEXT, FACT, REPEATED = range(3)
+
 # Told of a layer, the place of a block of tokens in the text, its inputs [T, F] to the salience head, and its salience [T].
 Heard = Callable[[int, slice, torch.Tensor, torch.Tensor], None]
 
@@ -140,6 +160,8 @@ def fit_salience(
     gap: tuple[int, int] = (60, 400),
     rare: float = 0.003,
     calibration: float = 0.15,
+    repeats: float = 0.0,
+    reach: int = 8192,
     on_progress: Callable[[int], object] | None = None,
 ) -> dict[int, float]:
     """
@@ -152,6 +174,8 @@ def fit_salience(
         gap: least and most tokens between two facts.
         rare: share of ordinary text whose salience, pooled as the model pools it, is above 0.
         calibration: share of each text that is read a second time, to find where that is.
+        repeats: weight of what is said again word for word beside that of facts.
+        reach: tokens after which what is said again no longer counts.
         on_progress: called after every block with the number of tokens it held.
 
     Returns: by layer, how many standard deviations of ordinary text lie between it and the facts.
@@ -174,20 +198,33 @@ def fit_salience(
             f"needed; give longer texts, with sentences in them (a fact comes every {gap[0]} to {gap[1]} tokens)"
         )
     num_sinks = model.config.num_sink_tokens
-    moments = {index: [Moments.empty(model.config.hidden_size) for _ in range(2)] for index in heads}
+    moments = {index: [Moments.empty(model.config.hidden_size) for _ in range(3)] for index in heads}
+    num_repeated = 0
     for text, is_fact in prepared:
-        # Sinks are never chosen, and stand out in every model: they belong to neither class.
-        classes = torch.tensor([-1] * num_sinks + is_fact[num_sinks:], device=model.device)
+        classes = torch.tensor(is_fact, device=model.device).long()
+        if repeats:
+            again = torch.tensor(said_again(text, (2 * model.config.segment_length, reach)), device=model.device)
+            classes[again & (classes == TEXT)] = REPEATED
+            num_repeated += int((classes == REPEATED).sum())
+        # Sinks are never chosen, and stand out in every model: they belong to no class.
+        classes[:num_sinks] = -1
 
         def add(index: int, tokens: slice, inputs: torch.Tensor, salience: torch.Tensor, classes=classes) -> None:
-            for is_fact, sums in enumerate(moments[index]):
-                sums.add(inputs[classes[tokens] == is_fact])
+            for kind, sums in enumerate(moments[index]):
+                sums.add(inputs[classes[tokens] == kind])
 
         listen(model, heads, text, add, on_progress)
+    if repeats and not num_repeated:
+        raise ValueError(
+            f"`repeats` is {repeats}, but nothing is said again in the texts after more than {2 * model.config.segment_length} "
+            "tokens; give longer texts, or leave it out"
+        )
 
     gaps = {}
-    for index, (of_text, of_facts) in moments.items():
+    for index, (of_text, of_facts, of_repeated) in moments.items():
         direction, gaps[index] = discriminant(of_text, of_facts, ridge)
+        if repeats:
+            direction += repeats * discriminant(of_text, of_repeated, ridge)[0]
         _set(heads[index], scale * direction)
 
     width = model.config.salience_pooling
@@ -204,7 +241,7 @@ def fit_salience(
         near_fact[:num_sinks] = True
         for index, part in parts.items():
             heard[index].append(pooled_salience(torch.cat(part).double()[None, None], width)[0, 0, ~near_fact])
-    for index, (of_text, _) in moments.items():
+    for index, (of_text, *_) in moments.items():
         saliences = torch.cat(heard[index])
         shift = saliences.quantile(1 - rare).item() if len(saliences) else 0.0
         constant, deviation = near_constant(of_text, ridge)

@@ -11,7 +11,7 @@ from modeling_bwr_dnc.conversion.memory_adapter import load_memory_adapter, save
 from modeling_bwr_dnc.evaluation.measuring import read_blocks, token_losses
 from modeling_bwr_dnc.evaluation.recall import measure_recall, memory_of, recalled, text_to_recall
 from modeling_bwr_dnc.retrofit import fit_salience
-from modeling_bwr_dnc.retrofit.salience import Moments, discriminant, text_with_facts
+from modeling_bwr_dnc.retrofit.salience import Moments, discriminant, said_again, text_with_facts
 from tests.modeling_bwr_dnc.builders import tiny_config
 
 
@@ -73,6 +73,40 @@ def test_fitted_salience_keeps_new_facts(model, tokenizer, manual):
     assert kept(model) > 1.3 * by_recency > 0
     attention = model.model.layers[0].self_attn
     assert attention.memory.salience.weight.any() and not attention.memory.routing.weight.any()
+
+
+def test_what_is_said_again_is_what_a_text_repeats_later_and_not_too_late():
+    text = [1, 2, 3, 4, 5, *range(10, 30), 1, 2, 3, 4, 6, *range(30, 40), 0, 2, 3, 4, 6]
+    marked = [index for index, mark in enumerate(said_again(text, (12, 30))) if mark]
+    # Of [1, 2, 3, 4] the end counts; [2, 3, 4, 6] comes again 15 tokens later.
+    assert marked == [3, 29]
+    assert said_again(text, (25, 30)) == said_again(text, (12, 14)) == [False] * len(text)
+    assert [index for index, mark in enumerate(said_again(text, (12, 30), width=3)) if mark] == [2, 3, 28, 29]
+
+
+def test_what_is_said_again_is_kept(model, tokenizer, manual):
+    """Headings that come again three stretches later stand out by their mark, in a text that was not fitted on."""
+
+    def with_headings(token_ids: list[int]) -> list[int]:
+        stretches = [token_ids[i : i + 40] for i in range(0, len(token_ids), 40)]
+        headings = [tokenizer("\n\n== ", add_special_tokens=False).input_ids + stretch[:8] for stretch in stretches]
+        return [
+            token
+            for i, stretch in enumerate(stretches)
+            for token in [*headings[i], *stretch, *(headings[i - 3] if i >= 3 else [])]
+        ]
+
+    def kept(repeats: float) -> float:
+        """Share of the slots that hold what comes again."""
+        fit_salience(model, tokenizer, [with_headings(manual[:5000])], gap=(20, 120), repeats=repeats)
+        text = with_headings(manual[12_000:13_000])
+        again = said_again(text, (2 * model.config.segment_length, 8192))
+        *_, (_, _, cache) = read_blocks(model, torch.tensor([text]))
+        return mean(again[slot["positions"][0]] for slot in cache.tokens())
+
+    assert kept(3.0) > 1.2 * kept(0.0) > 0
+    with pytest.raises(ValueError, match="nothing is said again"):
+        fit_salience(model, tokenizer, [manual[:300]], gap=(20, 120), repeats=1.0, reach=64)
 
 
 def test_an_adapter_brings_salience_and_its_settings(model, tokenizer, manual, tmp_path):
