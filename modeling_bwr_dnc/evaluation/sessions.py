@@ -76,6 +76,8 @@ def answered_elsewhere(
     with tempfile.TemporaryDirectory() as folder:
         cache.save_pretrained(folder)
         session = {"model": str(model_name), "settings": settings, "device": str(device)}
+        # Sums of threads are put together in another order when there are more of them.
+        session["threads"] = torch.get_num_threads()
         session["facts"] = [dataclasses.asdict(fact) for fact in facts]
         Path(folder, SESSION_FILE).write_text(json.dumps(session), encoding="utf-8")
         command = [sys.executable, "-m", __name__, folder]
@@ -90,6 +92,7 @@ def answered_elsewhere(
 def answer_session(folder: str) -> None:
     """The second session."""
     session = json.loads(Path(folder, SESSION_FILE).read_text(encoding="utf-8"))
+    torch.set_num_threads(session["threads"])
     model, tokenizer = read_model(session["model"]).to(session["device"]).eval(), read_tokenizer(session["model"])
     for name, value in session["settings"].items():
         setattr(model.config, name, value)
