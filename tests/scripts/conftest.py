@@ -1,3 +1,4 @@
+import os
 import resource
 import subprocess
 import sys
@@ -5,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from modeling_bwr_dnc.conversion import convert_checkpoint
 from scripts.command_line import run
@@ -53,11 +55,12 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def call_process():
-    """Run `python -m scripts.<name>` as a user does."""
+    """Run `python -m scripts.<name>` as a user does, with as many threads as here: with others, sums differ in the last bit."""
 
     def call_script(name, *arguments, **options):
         command = [sys.executable, "-m", f"scripts.{name}", *map(str, arguments)]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, **options)
+        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment, **options)
 
     return call_script
 
