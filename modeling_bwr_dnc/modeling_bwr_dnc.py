@@ -1018,7 +1018,7 @@ def last_positions(hidden_states: torch.Tensor, count: int | None) -> torch.Tens
 def _kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """Hidden states of the last so many tokens (0: all), or at given positions ([P], or [B, P]; bool masks flatten)."""
     if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+        return last_positions(hidden_states, logits_to_keep or None)
     if logits_to_keep.dim() == 2:
         if logits_to_keep.dtype == torch.bool:
             return hidden_states[logits_to_keep]
