@@ -107,3 +107,38 @@ def is_plain(module: nn.Module) -> bool:
 def apply_linear(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """`module(inputs)`. A subclass of `nn.Linear` would be the same with less, but quantisers take only itself for one."""
     return linear(inputs, module.weight, module.bias) if is_plain(module) else module(inputs)
+
+
+def gated_linear(module: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+    """
+    `apply_linear(module, silu(gate) * up)`, which keeps nothing else for the backward pass; None where a checkpoint does as well.
+
+    A checkpoint computes again until it has what the last product is to keep, and so without that product; but with it, if the
+    product is an autograd function, whose forward pass ends before anything is kept.
+    """
+    if not is_plain(module) or module.bias is not None or not _suits_onednn(gate, module.weight):
+        return None
+    return _GatedLinear.apply(gate, up, module.weight)
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, weight):
+        ctx.save_for_backward(gate, up, weight)
+        return _onednn_linear(F.silu(gate).mul_(up), weight, None)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, up, weight = ctx.saved_tensors
+        active, mixed_gradient = F.silu(gate), linear(gradient, weight.t())
+        for_weight = None
+        if ctx.needs_input_grad[2]:
+            for_weight = linear(gradient.flatten(0, -2).t(), (active * up).flatten(0, -2).t())
+        for_gate = mixed_gradient * up
+        if torch.is_grad_enabled():
+            # What is to be differentiated once more.
+            share = gate.sigmoid()
+            for_gate = for_gate * (share + active * (1 - share))
+        else:
+            for_gate = torch.ops.aten.silu_backward(for_gate, gate)
+        return for_gate, mixed_gradient * active, for_weight

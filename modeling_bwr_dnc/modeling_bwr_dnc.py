@@ -43,7 +43,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .bank_reader import BankReader, Call, RotaryTable, Sequences, Tokens, refreshed, stays_lossless
 from .configuration_bwr_dnc import BwrDncConfig
-from .linear import apply_linear
+from .linear import apply_linear, gated_linear
 from .memory_ops import COMPLEXITY_SHIFT, BankSettings
 from .state_bank import (
     BankState,
@@ -117,10 +117,14 @@ class BwrDncMLP(nn.Module):
     def _mixed(self, hidden_states: torch.Tensor, is_checkpointed: bool) -> torch.Tensor:
         gate, up = apply_linear(self.gate_proj, hidden_states), apply_linear(self.up_proj, hidden_states)
         if is_checkpointed:
-            return apply_linear(self.down_proj, self.act_fn(gate) * up)
-        # Two of them are computed again in the backward pass instead of kept. Adapters may put dropout there; without, nothing is random.
-        is_plain = isinstance(self.down_proj, nn.Linear)
-        return checkpoint(self._gated, gate, up, use_reentrant=False, preserve_rng_state=not is_plain)
+            return self._gated(gate, up)
+        # Two tensors are computed again in the backward pass instead of kept.
+        mixed = gated_linear(self.down_proj, gate, up) if self.hidden_act == "silu" else None
+        if mixed is not None:
+            return mixed
+        # Adapters may put dropout there; without, nothing is random.
+        has_dropout = not isinstance(self.down_proj, nn.Linear)
+        return checkpoint(self._gated, gate, up, use_reentrant=False, preserve_rng_state=has_dropout)
 
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return apply_linear(self.down_proj, self.act_fn(gate) * up)

@@ -3,8 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from modeling_bwr_dnc import BwrDncConfig
 from modeling_bwr_dnc import linear as linear_module
-from modeling_bwr_dnc.linear import add_product, apply_linear, linear, linear_into
+from modeling_bwr_dnc.linear import add_product, apply_linear, gated_linear, linear, linear_into
+from modeling_bwr_dnc.modeling_bwr_dnc import BwrDncMLP
 
 # Wide enough for oneDNN.
 IN, OUT = 256, 320
@@ -46,6 +48,35 @@ def test_products_and_their_gradients_are_those_of_torch(onednn, shape, has_bias
     gradients = [torch.autograd.grad(output.sin().sum(), wanted) for output in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
     assert onednn
+
+
+def with_weight(weight):
+    module = nn.Linear(*weight.shape[::-1], bias=False)
+    del module.weight
+    module.weight = weight
+    return module
+
+
+def test_a_gated_product_and_its_gradients_are_those_of_torch(onednn):
+    given = tensors((2, 5, IN), (2, 5, IN), (OUT, IN))
+    gate, up, weight = given
+    results = []
+    for output in (gated_linear(with_weight(weight), gate, up), F.linear(F.silu(gate) * up, weight)):
+        first = torch.autograd.grad(output.sin().sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), given)
+        results.append([tensor.detach() for tensor in (output, *first, *second)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    weight.requires_grad_(False)
+    gated_linear(with_weight(weight), gate, up).sum().backward()
+    assert weight.grad is None and gate.grad.isfinite().all()
+
+
+def test_a_training_step_computes_the_products_of_its_mlp_once(onednn):
+    """3 forward, 2 backward for each; the gate is computed again, but no product."""
+    mlp = BwrDncMLP(BwrDncConfig(hidden_size=IN, intermediate_size=OUT, num_attention_heads=4))
+    mlp(torch.randn(1, 300, IN, requires_grad=True)).sum().backward()
+    assert len(onednn) == 9
 
 
 def test_tensors_that_are_not_dense_are_read_right(onednn):
