@@ -352,6 +352,11 @@ class _TakeEntries(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a gradient with `create_graph=True` is to be differentiated again, but those of BWR-DNC are sums in shared buffers, "
+                "which have no derivative; leave `create_graph` out"
+            )
         (index,) = ctx.saved_tensors
         if ctx.total.value is None:
             ctx.total.value = gradient.new_zeros(ctx.shape)

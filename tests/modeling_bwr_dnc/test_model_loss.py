@@ -66,3 +66,12 @@ def test_skip_logits_without_labels_is_refused(problem):
     model, ids, _ = problem
     with pytest.raises(ValueError, match="skip_logits"):
         model(ids, skip_logits=True)
+
+
+@pytest.mark.parametrize("own_loss", [True, False])
+def test_second_derivatives_are_refused_and_not_wrong(problem, own_loss):
+    model, ids, labels = problem
+    loss = model(ids, labels=labels).loss if own_loss else model(ids).logits.square().sum()
+    with pytest.raises(RuntimeError, match="create_graph|once_differentiable"):
+        first = torch.autograd.grad(loss, model.get_input_embeddings().weight, create_graph=True)
+        first[0].square().sum().backward()
