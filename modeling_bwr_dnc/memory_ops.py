@@ -380,8 +380,9 @@ def widen(queries, keys, values, key_bias, gates, level, scaling):
     one = queries.new_full((*queries.shape[:-1], 1), 1.0 / scaling)
     query_parts, key_parts = [queries, one], [key_bias[..., None].to(keys.dtype)]
     if gates is not None:
-        query_parts.append(gates.to(queries.dtype) / scaling)
-        key_parts.append(level_onehot(level, keys.dtype))
+        query_parts.append(gates.to(queries.dtype))
+        # Divided here: a masking gate would leave the range of float16, and infinity times 0 is no number.
+        key_parts.append(level_onehot(level, keys.dtype) / scaling)
     key_extra = F.pad(torch.cat(key_parts, dim=-1), (0, padding, 0, num_rest))
     return (
         F.pad(torch.cat(query_parts, dim=-1), (0, padding)),

@@ -35,7 +35,6 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
@@ -459,16 +458,21 @@ class BwrDncDecoderLayer(GradientCheckpointingLayer):
 class BwrDncRotaryEmbedding(LlamaRotaryEmbedding):
     """The library's rotary embedding; its inverse frequencies serve the positions that `bank_reader` gives to entries."""
 
+    def _apply(self, fn, recurse=True):
+        """Casts of a model leave the frequencies as they are: types below float32 are too coarse for angles."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, frequencies in before.items():
+            after = getattr(self, name)
+            if torch.finfo(after.dtype).bits < 32:
+                setattr(self, name, frequencies.to(after.device))
+        return self
+
     def table(self, hidden_states: torch.Tensor, longest: int) -> RotaryTable:
         """For one forward pass, whose rows reach up to `longest` tokens (which only dynamic variants look at)."""
         if self.rope_type in ("dynamic", "longrope"):
             self(hidden_states, torch.tensor([[longest - 1]], device=hidden_states.device))
-        frequencies = self.inv_freq
-        if torch.finfo(frequencies.dtype).bits < 32:
-            # The module was cast to a type too coarse for angles.
-            build = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-            frequencies = build(self.config, device=frequencies.device)[0]
-        return RotaryTable(frequencies.to(hidden_states.device), self.attention_scaling, hidden_states.dtype)
+        return RotaryTable(self.inv_freq.to(hidden_states.device), self.attention_scaling, hidden_states.dtype)
 
 
 class BwrDncPreTrainedModel(PreTrainedModel):

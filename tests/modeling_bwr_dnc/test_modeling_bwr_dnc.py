@@ -211,6 +211,23 @@ def test_half_precision_reads_and_decodes_over_a_full_bank():
         assert entries.salience.dtype == entries.usage.dtype == torch.float32
 
 
+def test_queries_that_see_no_compressed_slots_are_finite_in_half_precision():
+    for dtype in (torch.bfloat16, torch.float16):
+        # Such a query masks with -10,000, times 8 in heads of this width: beyond float16.
+        half = small_model(hidden_size=128, segment_length=16, use_hard_routing=True).to(dtype)
+        half.model.layers[0].self_attn.memory.routing.weight.data.normal_(0, 3)
+        with torch.no_grad():
+            assert half(torch.randint(0, 50, (1, 120))).logits.isfinite().all()
+
+
+def test_casts_leave_the_angles_of_rope_as_exact_as_they_were():
+    model = small_model()
+    exact = model.model.rotary_emb.inv_freq.clone()
+    for cast in (model.half(), model.bfloat16(), model.to(torch.float64), model.float()):
+        assert torch.equal(cast.model.rotary_emb.inv_freq.float(), exact)
+    assert model.to("meta").model.rotary_emb.inv_freq.is_meta
+
+
 def test_autocast_keeps_salience_and_retention_in_float32():
     model = small_model().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
