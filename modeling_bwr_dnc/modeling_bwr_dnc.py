@@ -3,7 +3,7 @@ BWR-DNC: a Llama-style decoder that reads through an exact local window and a bo
 
 What is unusual here, compared with Llama:
 
-* Attention reads `[sinks | slots | previous segment | current segment]`, segment by segment (`bank_reader`, `memory_ops`).
+* Attention reads `[sinks | slots | previous segment | current segment]`, segment by segment (`bank_reader`, `planned_reader`, `memory_ops`).
 * `past_key_values` is a `StateBankCache` of constant size (`state_bank`).
 * The model counts the real tokens of every row itself, on the host: padding is skipped wherever it stands, and
   `position_ids` only mark where packed documents start, by returning to 0.
@@ -16,7 +16,7 @@ Shapes: `B` rows, `T` tokens of this call, `H` query heads, `G` key/value heads,
 """
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +40,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .bank_reader import BankReader, Call, RotaryTable, Sequences, Tokens, refreshed, stays_lossless
+from .bank_reader import BankReader, refreshed, stays_lossless
+from .call import Call, Layout, RotaryTable, Sequences, Tokens, lay_out
 from .configuration_bwr_dnc import BwrDncConfig
 from .linear import apply_linear, gated_linear
 from .memory_ops import COMPLEXITY_SHIFT, BankSettings
+from .planned_reader import PlannedReader
 from .state_bank import (
     BankState,
     RowState,
@@ -306,7 +308,7 @@ class SinkWindowAttention(nn.Module):
             elif sequences.rows != list(range(shape[0])):
                 part = state.select(sequences.rows)
             note = self._journal(layer, sequences, shape[0], conv_inputs)
-            reader = BankReader(
+            reader = (PlannedReader if needs_gradient else BankReader)(
                 call,
                 settings,
                 self.layer_idx,
@@ -318,11 +320,7 @@ class SinkWindowAttention(nn.Module):
                 shows_columns,
                 num_kept == 0,
             )
-            if needs_gradient:
-                read = reader.read_with_gradient
-            else:
-                read = reader.read_in_place if call.active is None else reader.read_one_token
-            part_output, part_weights, part = read(tokens, part)
+            part_output, part_weights, part = reader.read(tokens, part)
             if part_output is not None:
                 output = sequences.put(output, part_output.transpose(1, 2).flatten(2), shape)
             weights = part_weights if weights is None else _sum_of_parts(weights, part_weights)
@@ -634,151 +632,6 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> list[BankSettings]:
     if isinstance(boosts, list):
         settings = [replace(one, attention_boost=boost) for one, boost in zip(settings, boosts, strict=True)]
     return settings
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which token belongs to which sequence
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Layout:
-    """How the tokens of a call fall into sequences; all counts are known on the host."""
-
-    sequences: list[Sequences]
-    longest: int  # tokens read by the widest row after this call
-    active: list[bool] | None = None  # see `Call`
-    real: torch.Tensor | None = None  # [B, T] bool: tokens that are no padding; None: all
-    counted: torch.Tensor | None = None  # [B, T] bool: tokens that extend the history of their row; None: all
-    restarted: list[int] = field(default_factory=list)  # rows whose history starts anew
-    key_columns: torch.Tensor | None = None  # see `Call`
-    num_columns: int = 0
-
-
-def lay_out(
-    shape: tuple[int, ...],
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cache: StateBankCache | None,
-    segment_length: int,
-    device: torch.device,
-    wants_columns: bool = False,
-) -> Layout:
-    """
-    Group the real tokens of a call [B, T] into sequences that can be read together.
-
-    Raises `ValueError` for a mask of another shape, or one that contradicts what the cache has read.
-    """
-    batch_size, num_tokens = shape
-    everything = list(range(batch_size))
-    phases = None
-    if cache is not None and cache.states:
-        phases = [tuple(layer.state.rows[row].phase for layer in cache.layers) for row in everything]
-    seen = [row.seen for row in cache.rows] if phases else [0] * batch_size
-    real = None if attention_mask is None else _real_tokens(attention_mask, shape, seen)
-    starts = None if position_ids is None else _document_starts(position_ids, real, shape, seen)
-    is_uniform = phases is None or all(phase == phases[0] for phase in phases)
-    if real is None and starts is None:
-        whole = Sequences(everything, [num_tokens] * batch_size, keeps_state=[True] * batch_size)
-        layout = Layout([whole], max(seen) + num_tokens)
-        if wants_columns and attention_mask is not None:
-            _note_columns(layout, attention_mask, seen, whole.counts)
-        if is_uniform:
-            return layout
-        if num_tokens == 1:
-            layout.active = [True] * batch_size
-            return layout
-    if real is None:
-        real = torch.ones(shape, dtype=torch.bool, device=device)
-    real_columns = [row.nonzero().squeeze(-1) for row in real]
-    counts = [len(columns) for columns in real_columns]
-    layout = Layout([], max(map(sum, zip(seen, counts, strict=True))), real=real, counted=real.clone())
-    if wants_columns and attention_mask is not None and starts is None:
-        _note_columns(layout, attention_mask, seen, counts)
-    if num_tokens == 1 and starts is None:
-        layout.sequences = [Sequences(everything, counts, keeps_state=[True] * batch_size)]
-        layout.active = [count == 1 for count in counts]
-        return layout
-    # (row, columns, whether it starts anew, whether it is the last of its row)
-    documents: dict[tuple, list[tuple[int, torch.Tensor, bool]]] = {}
-    for row, columns in enumerate(real_columns):
-        begins = [] if starts is None else starts[row][columns].nonzero().squeeze(-1).tolist()
-        cuts = [0, *(begin for begin in begins if begin > 0), len(columns)]
-        for first, last in zip(cuts, cuts[1:], strict=False):
-            if first == last:
-                continue
-            is_fresh = first in begins and (first > 0 or seen[row] > 0)
-            key = ("fresh",) if is_fresh or phases is None else phases[row]
-            documents.setdefault((is_fresh, key), []).append((row, columns[first:last], last == len(columns)))
-            if is_fresh and last == len(columns):
-                layout.restarted.append(row)
-                layout.counted[row, : columns[first]] = False
-    for (is_fresh, _), found in documents.items():
-        layout.sequences += _grouped(found, num_tokens, is_fresh, 2 * segment_length)
-    return layout
-
-
-def _real_tokens(attention_mask: torch.Tensor, shape: tuple[int, ...], seen: list[int]) -> torch.Tensor | None:
-    """Real tokens of a call, [B, T] bool, None if all are. The mask may cover the history, too, and must then agree with it."""
-    batch_size, num_tokens = shape
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_tokens:
-        raise ValueError(
-            f"`attention_mask` has the shape {list(attention_mask.shape)}, but must be [{batch_size}, {num_tokens}], or wider by "
-            "the history before; BWR-DNC makes its own causal mask, and takes no 4D one."
-        )
-    num_before = attention_mask.shape[1] - num_tokens
-    if num_before:
-        before = (attention_mask[:, :num_before] != 0).sum(1).tolist()
-        if before != seen:
-            raise ValueError(
-                f"`attention_mask` says that the rows have read {before} tokens, but the cache has read {seen}; pass the mask of "
-                "the whole history, or only that of the new tokens."
-            )
-    real = attention_mask[:, num_before:] != 0
-    return None if bool(real.all()) else real
-
-
-def _document_starts(
-    position_ids: torch.Tensor, real: torch.Tensor | None, shape: tuple[int, ...], seen: list[int]
-) -> torch.Tensor | None:
-    """Where packed documents start, [B, T] bool; None if every row only continues."""
-    starts = (position_ids[:, -shape[1] :] == 0).expand(shape)
-    if real is not None:
-        starts = starts & real
-    before_first = torch.ones(shape, dtype=torch.int64, device=starts.device) if real is None else real.long()
-    is_first = (before_first.cumsum(1) == 1) & (before_first == 1)
-    is_new = torch.tensor([count == 0 for count in seen], device=starts.device)[:, None]
-    return starts if bool((starts & ~(is_first & is_new)).any()) else None
-
-
-def _note_columns(layout: Layout, attention_mask: torch.Tensor, seen: list[int], counts: list[int]) -> None:
-    """Remember the column of every real token of the history, if the mask covers all of it."""
-    columns = [row.nonzero().squeeze(-1) for row in attention_mask]
-    if [len(row) for row in columns] == [a + b for a, b in zip(seen, counts, strict=True)]:
-        layout.num_columns = attention_mask.shape[1]
-        layout.key_columns = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=layout.num_columns)
-
-
-def _grouped(
-    documents: list[tuple[int, torch.Tensor, bool]], num_tokens: int, is_fresh: bool, short: int
-) -> list[Sequences]:
-    """Documents that stand at the same position, in groups of similar length: at most half of a group is padding."""
-    groups: list[list[tuple[int, torch.Tensor, bool]]] = []
-    for document in sorted(documents, key=lambda item: -len(item[1])):
-        longest = len(groups[-1][0][1]) if groups else 0
-        if groups and (longest <= short or 2 * len(document[1]) >= longest):
-            groups[-1].append(document)
-        else:
-            groups.append([document])
-    sequences = []
-    for group in groups:
-        group.sort(key=lambda item: item[0])
-        flat = [columns + row * num_tokens for row, columns, _ in group]
-        longest = max(map(len, flat))
-        padded = [torch.cat((columns, columns[:1].expand(longest - len(columns)))) for columns in flat]
-        rows, counts = [row for row, _, _ in group], [len(columns) for columns in flat]
-        sequences.append(Sequences(rows, counts, torch.stack(padded), is_fresh, [is_last for _, _, is_last in group]))
-    return sequences
 
 
 def _extend_histories(cache: StateBankCache, token_ids: torch.Tensor, layout: Layout) -> None:

@@ -3,9 +3,9 @@ import torch
 from builders import overflowing_length, read, tiny_config, tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_bwr_dnc import bank_reader, modeling_bwr_dnc
-from modeling_bwr_dnc.bank_reader import SharedGather
+from modeling_bwr_dnc import modeling_bwr_dnc, planned_reader
 from modeling_bwr_dnc.memory_ops import take_entries
+from modeling_bwr_dnc.planned_reader import SharedGather
 
 
 def test_gathers_with_a_shared_gradient_are_plain_gathers():
@@ -44,7 +44,7 @@ class CountElements(TorchDispatchMode):
 
 @pytest.mark.parametrize("layer_type", ["sink_window_attention", "state_bank_attention"])
 def test_a_training_step_costs_the_same_for_every_further_token(layer_type, monkeypatch):
-    monkeypatch.setattr(bank_reader, "READ_TOGETHER", 1)
+    monkeypatch.setattr(planned_reader, "READ_TOGETHER", 1)
     config = tiny_config(num_hidden_layers=1, layer_types=[layer_type])
     # As many tokens in every chunk of the loss, at all lengths.
     monkeypatch.setattr(modeling_bwr_dnc, "LOSS_CHUNK", config.segment_length)
