@@ -47,21 +47,32 @@ class RowState:
     slot_counts: tuple[int, ...] = (0, 0, 0)
     pinned: tuple[tuple[int, int], ...] = ()  # spans of positions that are never demoted
     # How the row was fed, which its memory does not depend on: columns of input, padding included (what the library calls
-    # the length of a cache), and which of the latest were padding.
+    # the length of a cache), and the runs of padding: how many real tokens stand before one, and its length.
     columns: int = field(default=0, compare=False)
-    pads: tuple[int, ...] = field(default=(), compare=False)
+    pads: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
-    def feed(self, num_columns: int, pads: tuple[int, ...], num_recent: int) -> None:
-        """Count columns of input, of which those at `pads` were padding; remember that for the latest `num_recent`."""
-        pads = self.pads + tuple(self.columns + pad for pad in pads)
+    def feed(self, num_columns: int, pads: tuple[int, ...], segment_length: int) -> None:
+        """Count columns of input, of which those at `pads` were padding; the others are in `seen` already."""
+        runs = dict(self.pads)
+        for index, pad in enumerate(pads):
+            position = self.seen - (num_columns - pad) + len(pads) - index
+            runs[position] = runs.get(position, 0) + 1
         self.columns += num_columns
-        self.pads = tuple(pad for pad in pads if pad >= self.columns - num_recent)
+        # A window, and the segment that has left it last: further back `crop` never goes, however often.
+        first = max(self.seen - 3 * segment_length, 0)
+        self.pads = tuple(run for run in runs.items() if run[0] >= first)
 
     def unfed(self, num_columns: int) -> "RowState":
-        """As it was before the last `num_columns` columns."""
-        columns = self.columns - num_columns
-        pads = tuple(pad for pad in self.pads if pad < columns)
-        return replace(self, seen=self.seen - num_columns + len(self.pads) - len(pads), columns=columns, pads=pads)
+        """As it was before the last `num_columns` columns; `seen` is too low, if anything, beyond the padding remembered."""
+        seen, pads, left = self.seen, list(self.pads), num_columns
+        while left and pads:
+            position, count = pads.pop()
+            real = min(left, seen - position)
+            padding = min(left - real, count)
+            seen, left = seen - real, left - real - padding
+            if padding < count:
+                pads.append((position, count - padding))
+        return replace(self, seen=seen - left, columns=self.columns - num_columns, pads=tuple(pads))
 
     @property
     def num_slots(self) -> int:
@@ -434,7 +445,7 @@ class StateBankLayer(CacheLayerMixin):
         targets = [row.unfed(count) for row in state.rows]
         for index, (row, target) in enumerate(zip(state.rows, targets, strict=True)):
             removed = row.seen - target.seen
-            if target.columns < 0 or removed > max(segment_length, row.seen if row.window_start == 0 else 0):
+            if target.seen < 0 or removed > max(segment_length, row.seen if row.window_start == 0 else 0):
                 raise ValueError(
                     f"`crop` was asked to remove {count} of {row.columns} tokens, but at most the last segment_length = "
                     f"{segment_length} tokens can be taken back; read the sequence again up to the token you want."
@@ -1012,7 +1023,7 @@ def _state_from_files(description: dict, tensors: dict[str, torch.Tensor], index
             | {
                 "slot_counts": tuple(row["slot_counts"]),
                 "pinned": tuple(map(tuple, row["pinned"])),
-                "pads": tuple(row["pads"]),
+                "pads": _pad_runs(row),
             }
         )
         for row in description["rows"][index]
@@ -1021,6 +1032,15 @@ def _state_from_files(description: dict, tensors: dict[str, torch.Tensor], index
     named = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     entries = Entries(**{item.name: named.pop(f"entries.{item.name}") for item in fields(Entries)})
     return BankState(settings=BankSettings(**settings), rows=rows, entries=entries, **named)
+
+
+def _pad_runs(row: dict) -> tuple[tuple[int, int], ...]:
+    """Runs of padding of a row in a file; those of earlier versions list the column of each."""
+    pads = row["pads"]
+    if pads and isinstance(pads[0], int):
+        first = row["seen"] - row["columns"] + len(pads)
+        pads = [(first + pad - index, 1) for index, pad in enumerate(pads)]
+    return tuple(map(tuple, pads))
 
 
 def _digest_of(description: dict) -> str:

@@ -7,6 +7,7 @@ Float64 throughout: a cut is discrete, so rounding could swap two retentions in 
 import copy
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -524,6 +525,26 @@ def test_crops_in_a_row_are_exact_or_refused(seed, data):
             break
         again = read(model, ids[:, length - count : length], cache=cache.clone())[0]
         assert_close(again, read(model, ids[:, :length])[0][:, length - count :])
+
+
+@pytest.mark.parametrize(("width", "pads", "count"), [(30, [2, 3], 28), (80, range(50, 70), 25), (40, range(30), 25)])
+def test_crop_goes_back_over_padding(width, pads, count):
+    model = tiny_model(tiny_config(segment_length=16))
+    ids, mask, kept = token_ids(width), torch.ones(1, width, dtype=torch.int64), width - count
+    mask[:, pads] = 0
+    cache = read(model, ids, attention_mask=mask)[1]
+    cache.crop(-count)
+    fresh = read(model, ids[:, :kept], attention_mask=mask[:, :kept])[1]
+    assert [asdict(row) for row in cache.rows] == [asdict(row) for row in fresh.rows]
+    assert_same_bank(cache, fresh)
+
+
+def test_crop_stays_within_a_packed_document():
+    model = tiny_model(tiny_config())
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1]])
+    cache = read(model, token_ids(8), position_ids=positions)[1]
+    with pytest.raises(ValueError, match="remove 3"):
+        cache.crop(-3)
 
 
 def test_crop_of_more_than_a_segment_says_so():

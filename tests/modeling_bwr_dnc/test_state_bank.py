@@ -6,9 +6,11 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM, StateBankCache
-from modeling_bwr_dnc.state_bank import STATE_FILE, extend_history, shorten_history
+from modeling_bwr_dnc.state_bank import STATE_FILE, RowState, _digest_of, extend_history, shorten_history
 
 
 def small_model(seed: int = 0, **settings) -> BwrDncForCausalLM:
@@ -79,6 +81,17 @@ def test_a_flipped_digit_of_the_description_is_noticed(saved):
     (folder / STATE_FILE).write_text(text.replace('"seen": 60', '"seen": 61', 1))
     with pytest.raises(ValueError, match="altered"):
         StateBankCache.from_pretrained(folder)
+
+
+def test_padding_in_a_file_of_an_earlier_version_is_understood(saved):
+    _, _, folder = saved
+    description = json.loads((folder / STATE_FILE).read_text())
+    for row in sum(description["rows"], []):
+        row.update(columns=64, pads=[59, 60, 62, 63])
+    description["description_sha256"] = _digest_of(description)
+    (folder / STATE_FILE).write_text(json.dumps(description))
+    row = StateBankCache.from_pretrained(folder).rows[0]
+    assert [row.unfed(count).seen for count in range(7)] == [60, 60, 60, 59, 59, 59, 58]
 
 
 def test_a_path_that_does_not_exist_is_a_value_error(tmp_path):
@@ -179,3 +192,19 @@ def test_a_history_hash_can_be_extended_in_any_split_and_undone():
     assert torch.equal(extend_history(nothing, padded, real), whole)
     assert shorten_history(whole[0], ids[0, 30:]) == extend_history(nothing, ids[:, :30])[0]
     assert extend_history(nothing, ids.flip(1)).ne(whole).all()
+
+
+@given(st.lists(st.lists(st.sampled_from([0, 0, 0, 1]), max_size=30), max_size=9))
+def test_columns_are_taken_back_exactly_over_three_segments_with_any_padding(calls):
+    row, mask, segment_length = RowState(), [], 3
+    for call in calls:
+        row.seen += sum(call)
+        row.feed(len(call), tuple(index for index, is_real in enumerate(call) if not is_real), segment_length)
+        mask += call
+    assert len(row.pads) <= 3 * segment_length + 1
+    for count in range(len(mask) + 1):
+        seen = sum(mask[: len(mask) - count])
+        if row.seen - seen <= 3 * segment_length:
+            assert row.unfed(count).seen == seen
+        else:
+            assert row.unfed(count).seen <= seen
