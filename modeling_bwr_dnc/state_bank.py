@@ -353,8 +353,10 @@ class StateBankLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor held."""
-        return 0 if self.state is None else sum(tensor.nbytes for tensor in self.state.tensors().values())
+        """Bytes of every tensor held, with what is recorded to go back to."""
+        recorded = {id(entry[0]): entry[0] for entry in self.journal if entry is not None}
+        states = [*recorded.values(), *([] if self.state is None else [self.state])]
+        return sum(tensor.nbytes for state in states for tensor in state.tensors().values())
 
     def lazy_initialization(self, key_states, value_states) -> None:
         raise ValueError("A state bank layer is written by BWR-DNC's own attention; it has no early initialization.")
@@ -392,17 +394,14 @@ class StateBankLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.state, self.journal = None, []
 
-    def _on_device(self, device) -> None:
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply `function` to every tensor held, with what is recorded to go back to."""
         if self.state is not None:
-            self.state = self.state.map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def offload(self) -> None:
-        self.device = None if self.state is None else self.state.keys.device
-        self._on_device("cpu")
-
-    def prefetch(self) -> None:
-        if getattr(self, "device", None) is not None:
-            self._on_device(self.device)
+            self.state = self.state.map(function)
+        # Rows that have consolidated together share a state.
+        recorded = {id(entry[0]): entry[0] for entry in self.journal if entry is not None}
+        changed = {key: state.map(function) for key, state in recorded.items()}
+        self.journal = [None if entry is None else (changed[id(entry[0])], entry[1]) for entry in self.journal]
 
     def select(self, indices: Iterable[int]) -> None:
         """Keep copies of the rows at `indices`, in that order."""
@@ -593,7 +592,7 @@ class StateBankCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors held; constant once every level is full."""
+        """Bytes of all tensors held, with what is recorded to go back to; constant once every level is full."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
@@ -613,8 +612,7 @@ class StateBankCache(Cache):
     def detach(self) -> "StateBankCache":
         """Cut the gradient: what was read so far becomes a constant (truncated back-propagation through time)."""
         for layer in self.layers:
-            if layer.state is not None:
-                layer.state = layer.state.map(torch.Tensor.detach)
+            layer.apply(torch.Tensor.detach)
         return self
 
     def clone(self) -> "StateBankCache":
@@ -630,7 +628,7 @@ class StateBankCache(Cache):
     def to(self, device: torch.device | str) -> "StateBankCache":
         """Move every tensor to a device, in place."""
         for layer in self.layers:
-            layer._on_device(device)
+            layer.apply(lambda tensor: tensor.to(device))
         return self
 
     @staticmethod

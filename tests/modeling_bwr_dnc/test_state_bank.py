@@ -182,6 +182,22 @@ def test_copies_and_pickles_continue_alike(saved):
             assert torch.equal(model(ids, past_key_values=one).logits, expected)
 
 
+def test_what_is_recorded_is_counted_moved_and_detached_with_the_rest():
+    model = small_model()
+    ids = torch.randint(0, 50, (2, 60), generator=torch.Generator().manual_seed(1))
+    cache = StateBankCache(config=model.config)
+    model(ids, past_key_values=cache)
+    unrecorded = cache.nbytes
+    cache.activate_past_recording()
+    model(ids, past_key_values=cache)
+    assert 1.5 * unrecorded < cache.nbytes < 2.5 * unrecorded
+    cache.detach().to("meta")
+    for layer in cache.layers:
+        (recorded,) = {id(state): state for state, _ in layer.journal}.values()
+        for tensor in (*layer.state.tensors().values(), *recorded.tensors().values()):
+            assert tensor.device.type == "meta" and not tensor.requires_grad
+
+
 def test_a_history_hash_can_be_extended_in_any_split_and_undone():
     ids = torch.randint(0, 50_000, (2, 40), generator=torch.Generator().manual_seed(0))
     nothing = torch.zeros(2, dtype=torch.int64)
