@@ -429,7 +429,8 @@ class StateBankLayer(CacheLayerMixin):
         Forget the last `-tokens_to_remove` tokens of every row, exactly.
 
         Any of the last `segment_length` tokens can be taken back; a row that has consolidated since needs
-        `activate_past_recording` to have been called before. Nothing changes if one row cannot go back.
+        `activate_past_recording` to have been called before. Tokens given to `forget` cannot be taken back: their ids, which the
+        hash of what was read needs, are gone. Nothing changes if one row cannot go back.
         """
         if tokens_to_remove > 0:
             raise ValueError(
@@ -458,7 +459,12 @@ class StateBankLayer(CacheLayerMixin):
                     f"`crop` was asked to remove {count} tokens, but the memory was consolidated {row.seen - boundary} tokens ago "
                     "and the state before was not kept; call `cache.activate_past_recording()` before reading."
                 )
-            end = row.seen - row.window_start
+            end, length = row.seen - row.window_start, state.length(index)
+            if state.holes is not None and state.holes[index, :, length - removed : length].any():
+                raise ValueError(
+                    f"`crop` was asked to remove {count} tokens, but some of these have been given to `forget`, and their ids are "
+                    "gone; crop before forgetting, or read the sequence again up to the token you want."
+                )
             history[index] = shorten_history(history[index], state.window_ids[index, end - removed : end])
         for index, restored in earlier.items():
             state = state.replaced([index], restored)

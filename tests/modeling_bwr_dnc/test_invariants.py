@@ -554,6 +554,16 @@ def test_crop_of_more_than_a_segment_says_so():
         cache.crop(-5)
 
 
+def test_crop_over_forgotten_tokens_is_refused_and_behind_them_exact():
+    model = tiny_model(tiny_config(segment_length=16))
+    cache, fresh = (read(model, token_ids(40)[:, :length])[1] for length in (40, 37))
+    cache.forget(34, 37)
+    with pytest.raises(ValueError, match="forget"):
+        cache.crop(-6)
+    cache.crop(-3)
+    assert torch.equal(cache.history, fresh.history)
+
+
 @given(SEEDS)
 def test_rows_are_reordered_selected_and_repeated_whole(seed):
     model = random_model(seed, max_segment=8, max_slots=10)
