@@ -746,9 +746,10 @@ class StateBankCache(Cache):
         for state in self._banks("pin"):
             for index in range(len(state.rows)) if row is None else [row]:
                 counters, settings = state.rows[index], state.settings
-                spans = (*counters.pinned, (start, end))
-                pinned = {position for first, last in spans for position in range(first, last)}
-                count = sum(position >= settings.num_sink_tokens for position in pinned)
+                count, counted = 0, settings.num_sink_tokens
+                for first, last in sorted((*counters.pinned, (start, end))):
+                    count += max(last - max(first, counted), 0)
+                    counted = max(last, counted)
                 if count > settings.memory_slots[0]:
                     raise ValueError(
                         f"`pin` would hold {count} tokens, but a layer has {settings.memory_slots[0]} raw slots; pin a shorter "

@@ -618,6 +618,16 @@ def test_a_pin_that_cannot_be_kept_is_refused():
         cache.pin(60, 66)
     with pytest.raises(ValueError, match="compressed or forgotten"):
         cache.pin(2, 7)
+    with pytest.raises(ValueError, match=f"hold {10**18 - 2} tokens"):
+        cache.pin(0, 10**18)
+
+
+def test_pinned_spans_may_overlap_each_other_and_the_sinks():
+    cache = read(tiny_model(tiny_config()), token_ids(6))[1]
+    for span in ((4, 6), (0, 3), (1, 5), (5, 7)):
+        cache.pin(*span)
+    with pytest.raises(ValueError, match="hold 6 tokens"):
+        cache.pin(7, 8)
 
 
 # Generation over the same memory
