@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -516,7 +517,7 @@ class StateBankCache(Cache):
         if layers is None:
             layers = [_CACHE_LAYERS[kind]() for kind in config.get_text_config(decoder=True).layer_types]
         super().__init__(layers=layers)
-        # The model that writes this cache, or, once loaded, the fingerprint of the weights that wrote it.
+        # The model that wrote last, and the fingerprint that the state was loaded with.
         self._writer: weakref.ref | None = None
         self._loaded_fingerprint: str | None = None
 
@@ -545,14 +546,14 @@ class StateBankCache(Cache):
         return wrapped
 
     def written_by(self, model: torch.nn.Module) -> None:
-        """Note the model about to write. Raises `ValueError` if other weights wrote the state that was loaded."""
+        """Note the model about to write. Raises `ValueError` if it has other weights than the state was saved with."""
         if self._writer is not None and self._writer() is model:
             return
         if self._loaded_fingerprint is not None and self.states:
             fingerprint = fingerprint_weights(model)
             if fingerprint != self._loaded_fingerprint:
                 raise ValueError(
-                    f"The state was written by a model whose weights have the fingerprint {self._loaded_fingerprint}, but this "
+                    f"The state was saved with a model whose weights have the fingerprint {self._loaded_fingerprint}, but this "
                     f"model's is {fingerprint}; a memory is only meaningful to the weights that wrote it. Load it with those, "
                     "in the same precision."
                 )
@@ -560,7 +561,10 @@ class StateBankCache(Cache):
 
     @property
     def weights_fingerprint(self) -> str | None:
-        """Fingerprint of the weights that wrote this state, None if unknown."""
+        """
+        Fingerprint of the model that wrote last, of its weights as they are now. Without that model, the one that the state was
+        loaded with; None if there is none.
+        """
         model = self._writer() if self._writer is not None else None
         return self._loaded_fingerprint if model is None else fingerprint_weights(model)
 
@@ -797,6 +801,9 @@ class StateBankCache(Cache):
 
         Either the new state is complete or the old one stays: files are written under temporary names, synced, renamed, and
         the JSON, which holds the sha256 of the tensors and its own, comes last.
+
+        Save before the weights of the model that wrote the state change: their fingerprint is taken now. Warns if that model is
+        gone: the state is then saved without one, and any weights will be taken for those that wrote it.
         """
         if not self.states:
             raise ValueError("`save_pretrained` got an empty cache; read at least one token first.")
@@ -804,6 +811,13 @@ class StateBankCache(Cache):
         if folder.is_file():
             raise ValueError(f"`save_directory` is {str(folder)!r}, which is a file; name a folder.")
         folder.mkdir(parents=True, exist_ok=True)
+        fingerprint = self.weights_fingerprint
+        if fingerprint is None:
+            warnings.warn(
+                "The model that wrote this state is gone, so the state is saved without the fingerprint of its weights, and loading "
+                "cannot check that the same ones read it; keep the model until its memory is saved.",
+                stacklevel=2,
+            )
         tensors = {}
         for index, state in enumerate(self.states):
             for name, tensor in state.tensors().items():
@@ -817,7 +831,7 @@ class StateBankCache(Cache):
             "version": FORMAT_VERSION,
             "tensors": f"state_bank-{digest[:16]}.safetensors",
             "sha256": digest,
-            "weights_fingerprint": self.weights_fingerprint,
+            "weights_fingerprint": fingerprint,
             "layer_types": [layer._layer_type for layer in self.layers],
             "settings": [asdict(state.settings) for state in self.states],
             "rows": [[asdict(row) for row in state.rows] for state in self.states],
@@ -857,8 +871,8 @@ class StateBankCache(Cache):
         Args:
             config: of the model that will read it; checked against the state when given.
 
-        Raises `ValueError`, naming what differs, for truncated, altered, foreign or mismatched files. That the same weights
-        wrote the state is checked when a model first reads it.
+        Raises `ValueError`, naming what differs, for truncated, altered, foreign or mismatched files. That a model has the weights
+        that the state was saved with is checked when it first reads it.
         """
         source = str(pretrained_model_name_or_path)
         if os.path.isdir(source) and not os.path.isfile(os.path.join(source, STATE_FILE)):

@@ -1,6 +1,7 @@
 """Files of a state: what comes back is what was saved, and what cannot be trusted is refused with nothing lost."""
 
 import copy
+import gc
 import json
 import pickle
 
@@ -135,6 +136,13 @@ def test_a_state_made_by_other_weights_is_refused_at_first_use_and_stays_usable(
         with pytest.raises(ValueError, match="fingerprint"):
             small_model(seed=7)(ids, past_key_values=loaded)
         assert torch.equal(model(ids, past_key_values=loaded).logits, model(ids, past_key_values=cache).logits)
+
+
+def test_saving_warns_when_the_model_that_wrote_is_gone(tmp_path):
+    cache = read(small_model())
+    gc.collect()
+    with pytest.warns(UserWarning, match="without the fingerprint"):
+        cache.save_pretrained(tmp_path)
 
 
 def test_a_failed_save_leaves_the_last_state(saved, monkeypatch):
