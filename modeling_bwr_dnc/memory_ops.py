@@ -419,14 +419,17 @@ class Candidates:
 
 
 def hashed_uniform(positions: torch.Tensor, seed: int) -> torch.Tensor:
-    """Numbers in (0, 1) from a hash of (seed, key/value head, position): equal on every device, process and recomputation."""
+    """
+    Numbers in (0, 1), float32, from a hash of (seed, key/value head, position): equal on every device, process and recomputation.
+    """
     mask = 0xFFFFFFFF
     heads = torch.arange(positions.shape[1], device=positions.device)[None, :, None]
     state = (positions * 0x9E3779B1 + heads * 0x85EBCA77 + (seed * 0xC2B2AE3D & mask)) & mask
     for multiplier, shift in ((0x7FEB352D, 16), (0x2C1B3C6D, 15), (0x297A2D39, 16)):
         state = state ^ (state >> shift)
         state = (state * multiplier) & mask
-    return ((state ^ (state >> 16)).to(torch.float64) + 0.5) / 2**32
+    # 23 bits and a half are exact in float32, which every device has.
+    return (((state ^ (state >> 16)) >> 9).to(torch.float32) + 0.5) / 2**23
 
 
 def _score_salience(candidates: Candidates) -> torch.Tensor:
@@ -502,7 +505,7 @@ def retention_scores(candidates: Candidates, noise_seed: int | None = None) -> t
     retention = RETENTION_SCORES[candidates.settings.retention_score](candidates)
     if noise_seed is not None:
         uniform = hashed_uniform(entries.time.clamp(min=0), noise_seed * 1009 + candidates.layer_idx)
-        retention = retention - (-uniform.log()).log().to(retention.dtype)
+        retention = retention - (-uniform.to(retention.dtype).log()).log()
     return retention.masked_fill(entries.is_hole, float("-inf"))
 
 

@@ -691,7 +691,7 @@ class StateBankCache(Cache):
                     count = held.sum().item()
 
                     def mean(values, held=held, count=count):
-                        return values[held].double().mean().item() if count else 0.0
+                        return values[held].cpu().double().mean().item() if count else 0.0
 
                     report.append(
                         {
@@ -1011,7 +1011,7 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.device.type != "meta":
             flat = parameter.detach().reshape(-1)
-            digest.update(flat[:: max(flat.numel() // 16, 1)][:17].double().cpu().numpy().tobytes())
+            digest.update(flat[:: max(flat.numel() // 16, 1)][:17].cpu().double().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
