@@ -277,6 +277,7 @@ class SinkWindowAttention(nn.Module):
         shape = hidden_states.shape[:2]
         call = call.on(hidden_states.device)
         settings = call.settings[self.layer_idx]
+        is_continued = state is not None
         if state is None:
             state = self._empty_state(settings, shape[0], hidden_states)
         else:
@@ -289,6 +290,12 @@ class SinkWindowAttention(nn.Module):
         if self.short_conv is not None:
             hidden_states, conv_inputs = self.short_conv(hidden_states, call, state)
         projected = self._project(hidden_states, call)
+        dtype = projected[0].dtype
+        if is_continued and state.keys.dtype != dtype and autocast_dtype(hidden_states.device.type) is None:
+            raise ValueError(
+                f"The state is in {state.keys.dtype}, but the model computes in {dtype}; continue it in the precision, or under the autocast, "
+                "that it was read in, or read the text again."
+            )
         shows_columns = call.key_columns is not None and all(
             stays_lossless(state.rows[row], count, settings)
             for sequences in call.sequences

@@ -236,6 +236,18 @@ def test_autocast_keeps_salience_and_retention_in_float32():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_a_state_of_another_precision_is_refused_and_nothing_is_lost(model):
+    ids = torch.randint(0, 50, (1, 40))
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cache = model(ids, use_cache=True).past_key_values
+            expected = model(ids, past_key_values=cache.clone()).logits
+        with pytest.raises(ValueError, match="bfloat16, but the model computes in torch.float32"):
+            model(ids, past_key_values=cache)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+
+
 def test_a_saved_folder_carries_flat_files_that_import_only_what_everyone_has():
     files = [SURFACE, *map(Path, get_relative_import_files(SURFACE))]
     assert {file.parent for file in files} == {SURFACE.parent}
