@@ -31,7 +31,9 @@ def read_blocks(
     [B, block, hidden], and the cache after it.
     """
     model.eval()
-    decoder, name = getattr(model, model.base_model_prefix), cache_name(model)
+    # A model with adapters has its decoder behind several wrappers, whose `forward` names no arguments.
+    decoder = model.get_decoder()
+    name = cache_name(decoder)
     for start in range(0, input_ids.shape[1], block_length):
         block = input_ids[:, start : start + block_length].to(model.device)
         outputs = decoder(input_ids=block, **{name: cache}, use_cache=True, **_without_attention(model, start, block))

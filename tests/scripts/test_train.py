@@ -221,6 +221,16 @@ def test_a_curriculum_follows_the_model_and_goes_on_where_it_was(call, recipe, b
     assert history(run) == whole and len(steps()) == 8
 
 
+def test_a_curriculum_follows_a_model_with_adapters(call, recipe, tiny_model, tmp_path):
+    options = "first_length: 32, vocab_size: 40, segment_length: 8, every: 1, num_rows: 2"
+    sources = f"data.sources=[{{task: curriculum, options: {{{options}}}}}]"
+    settings = ("method=lora", f"model={tiny_model}", sources, "data.validation_fraction=null")
+    code, _, errors = call(finetune, "--config", recipe, *settings, "training.max_steps=2")
+    assert code == 0, errors
+    entries = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in entries if "curriculum/success" in entry] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
