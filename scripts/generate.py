@@ -62,6 +62,7 @@ def generate(arguments: argparse.Namespace) -> None:
         token_ids = tokenizer(text, return_tensors="pt", add_special_tokens=is_first, verbose=False).input_ids
 
     torch.manual_seed(arguments.seed)
+    reading = {"use_memory": False} if arguments.no_memory else {}
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
@@ -74,13 +75,13 @@ def generate(arguments: argparse.Namespace) -> None:
             cache,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             on_progress=progress.update,
-            use_memory=not arguments.no_memory,
             max_new_tokens=arguments.max_new_tokens,
+            **reading,
             **sampling,
         )
     if arguments.state is not None:
         if arguments.chat:
-            read_tokens(model, close_chat_turn(tokenizer, written), cache)
+            read_tokens(model, close_chat_turn(tokenizer, written), cache, **reading)
         cache.save_pretrained(arguments.state)
         began = "a new memory" if is_first else "resumed"
         print(

@@ -50,6 +50,13 @@ def test_chat_goes_on_over_several_turns(call, tiny_model, tmp_path):
     assert text.endswith("<|im_end|>\n")
 
 
+def test_a_chat_without_memory_keeps_none(call, tiny_model, document, tmp_path):
+    common = ["--model", tiny_model, "--state", tmp_path / "state", "--max-new-tokens", 5, "--chat", "--no-memory"]
+    assert call(generate, *common, "--prompt-file", document)[0] == 0
+    assert StateBankCache.from_pretrained(tmp_path / "state").tokens() == []
+    assert call(generate, *common, "--prompt", "Sure?")[0] == 0
+
+
 def test_sampling_follows_its_seed(call, tiny_model):
     common = ["--model", tiny_model, "--prompt", "x", "--max-new-tokens", 20, "--temperature", 1.5]
     first, again, other = (call(generate, *common, "--seed", seed)[1] for seed in (1, 1, 2))
