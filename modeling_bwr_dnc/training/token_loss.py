@@ -21,8 +21,13 @@ def head_gives_loss(head: nn.Linear, labels: torch.Tensor, chunk_length: int) ->
     def loss(hidden_states):
         return summed_cross_entropy(hidden_states, head.weight, labels, chunk_length)[0]
 
+    # Hooks of accelerate, say, put a forward of their own there.
+    earlier = vars(head).get("forward")
     head.forward = loss
     try:
         yield
     finally:
-        del head.forward
+        if earlier is None:
+            del head.forward
+        else:
+            head.forward = earlier
