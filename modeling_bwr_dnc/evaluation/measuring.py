@@ -130,6 +130,16 @@ def task_accuracy(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def points(policies: Sequence[str], lengths: Sequence[int], full_limit: int | None = None) -> list[tuple[str, int]]:
+    """Every policy with every length, but `full` only with those up to a limit, if there is one."""
+    return [
+        (policy, length)
+        for policy in policies
+        for length in lengths
+        if policy != "full" or full_limit is None or length <= full_limit
+    ]
+
+
 def measure_loss(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -169,8 +179,7 @@ def measure_depths(
     return [
         {"policy": policy, "length": length, "depth": depth}
         | _accuracy(model, replace(task, length=length, depth=depth), policy, num_rows)  # type: ignore[call-arg]
-        for policy in policies
-        for length in _lengths(policy, lengths, full_limit)
+        for policy, length in points(policies, lengths, full_limit)
         for depth in depths
     ]
 
@@ -186,8 +195,7 @@ def measure_lengths(
     """Accuracy of a task by length, under each policy."""
     return [
         {"policy": policy, "length": length} | _accuracy(model, replace(task, length=length), policy, num_rows)
-        for policy in policies
-        for length in _lengths(policy, lengths, full_limit)
+        for policy, length in points(policies, lengths, full_limit)
     ]
 
 
@@ -210,10 +218,6 @@ def measure_pairs_and_slots(
                 for num_pairs in pairs
             ]
     return records
-
-
-def _lengths(policy: str, lengths: Sequence[int], full_limit: int | None) -> list[int]:
-    return [length for length in lengths if policy != "full" or full_limit is None or length <= full_limit]
 
 
 def _accuracy(model: PreTrainedModel, task: Task, policy: str, num_rows: int) -> dict[str, float]:

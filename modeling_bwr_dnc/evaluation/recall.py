@@ -6,7 +6,7 @@ The facts are of other kinds, names and wordings than those that `retrofit` teac
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..retrofit.facts import Fact, hide_facts, sentence_ends
 from ..state_bank import StateBankCache
-from .measuring import read_blocks, read_losses
+from .measuring import points, read_blocks, read_losses
 from .metrics.answer_accuracy.answer_accuracy import answer_accuracy
 from .policies import PINNED, policy_settings, settings_changed
 
@@ -97,50 +97,39 @@ def text_to_recall(
     return *hide_facts(tokenizer, hay, places), [places[place] for place in sorted(places)]
 
 
-Answers = list[tuple[list[int], list[int]]]
+def texts_to_recall(
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], length: int, num_texts: int, seed: int
+) -> Iterator[tuple[list[int], list[bool], list[Fact]]]:
+    """As many texts as asked for, see `text_to_recall`; a seed always gives the same ones."""
+    for number in range(num_texts):
+        yield text_to_recall(tokenizer, token_ids, length, random.Random(f"{seed} {number}"))
+
+
+Answer = tuple[list[int], list[int]]  # said and true ids
 
 
 @dataclass
 class Recalled:
-    """What a model made of a text with facts: said and true ids of every answer, losses of the tokens, bytes of the memory."""
+    """What a model made of a text with facts: its answers, the losses of the tokens, and the bytes of its memory."""
 
-    answers: Answers
-    losses: torch.Tensor  # [T - 1], nats; [0] if they were not wanted
+    answers: list[Answer]
+    losses: torch.Tensor  # [T - 1] of every token but the first, nats
     state_bytes: int
 
     def loss_from(self, token: int) -> float:
-        """Mean loss in nats from a token on."""
+        """Mean loss in nats of the tokens after number `token`."""
         return self.losses[token:].mean().item()
 
 
-@torch.no_grad()
 def recalled(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    token_ids: list[int],
-    facts: Sequence[Fact],
-    with_losses: bool = True,
-    pinned: Sequence[bool] | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: list[int], facts: Sequence[Fact]
 ) -> Recalled:
-    """
-    Read a text once, then put the question of every fact to a copy of the memory. What is said are the most likely ids of the
-    answer, given the true ones before.
-
-    Args:
-        with_losses: losses are wanted; they take the whole head, for every token.
-        pinned: tokens that the memory never gives up, whatever its policy; not together with losses.
-    """
-    losses, text = [torch.empty(0)], torch.tensor([token_ids])
-    if with_losses:
-        for block_losses, memory in read_losses(model, text):
-            losses.append(block_losses[0])
-            cache = memory
-    else:
-        cache = memory_of(model, text, pinned)
-    answers = [
-        (answer_logits(model, tokenizer, cache, fact).argmax(-1).tolist(), fact.token_ids(tokenizer)[1])
-        for fact in facts
-    ]
+    """Read a text once, with the losses of its tokens, then put the question of every fact to a copy of the memory."""
+    losses = []
+    for block_losses, memory in read_losses(model, torch.tensor([token_ids])):
+        losses.append(block_losses[0])
+        cache = memory
+    answers = [answer_from(answer_logits(model, tokenizer, cache, fact), tokenizer, fact) for fact in facts]
     return Recalled(answers, torch.cat(losses), cache.nbytes)
 
 
@@ -154,6 +143,12 @@ def answer_logits(
     return model(asked, past_key_values=cache.clone(), use_cache=True).logits[0, len(question) - 1 : -1]
 
 
+def answer_from(logits: torch.Tensor, tokenizer: PreTrainedTokenizerBase, fact: Fact) -> Answer:
+    """What is said are the most likely ids of the answer, given the true ones before."""
+    return logits.argmax(-1).tolist(), fact.token_ids(tokenizer)[1]
+
+
+@torch.no_grad()
 def memory_of(model: PreTrainedModel, text: torch.Tensor, pinned: Sequence[bool] | None = None):
     """What a model keeps of `text` [1, T]; tokens that are `pinned` it never gives up."""
     cache = None
@@ -174,30 +169,41 @@ def _runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2]))
 
 
-def read_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    token_ids: list[int],
-    policy: str,
-    length: int,
-    num_texts: int,
-    seed: int,
-    with_losses: bool,
-) -> list[Recalled]:
-    """What a model makes of `num_texts` texts of `length` tokens under a policy; `PINNED` is known too, without losses."""
-    found = []
-    with settings_changed(model, **({} if policy == PINNED else policy_settings(model, policy, length))):
-        for number in range(num_texts):
-            text, is_fact, facts = text_to_recall(tokenizer, token_ids, length, random.Random(f"{seed} {number}"))
-            pinned = is_fact if policy == PINNED else None
-            found.append(recalled(model, tokenizer, text, facts, with_losses, pinned))
-    return found
-
-
-def accuracy(answers: Answers) -> dict[str, float]:
+def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
     """`exact` and `token` accuracy, in [0, 1], and the number of `answers`."""
     said, true = [said for said, _ in answers], [true for _, true in answers]
     return answer_accuracy(said, true) | {"answers": len(answers)}
+
+
+def asked_by_depth(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: list[int],
+    policies: Sequence[str],
+    lengths: Sequence[int],
+    num_texts: int,
+    seed: int,
+    full_limit: int | None,
+    ask: Callable[[StateBankCache, list[Fact], dict], list],
+) -> Iterator[tuple[dict, list]]:
+    """
+    Every policy, length and depth (0 far, 1 near), as a record begins, with what was found for the fact there in each text.
+
+    Args:
+        policies: `PINNED` is known, too.
+        ask: gives something for each fact, from the memory of a text; it gets the settings of the policy, too, under which the
+            model runs meanwhile.
+    """
+    for policy, length in points(policies, lengths, full_limit):
+        settings = {} if policy == PINNED else policy_settings(model, policy, length)
+        found = []
+        with settings_changed(model, **settings):
+            for text, is_fact, facts in texts_to_recall(tokenizer, token_ids, length, num_texts, seed):
+                cache = memory_of(model, torch.tensor([text]), is_fact if policy == PINNED else None)
+                found.append(ask(cache, facts, settings))
+        for index, at_depth in enumerate(zip(*found)):
+            depth = round((index + 0.5) / len(KINDS), 2)
+            yield {"policy": policy, "length": length, "depth": depth}, list(at_depth)
 
 
 def measure_recall(
@@ -211,16 +217,12 @@ def measure_recall(
     full_limit: int | None = None,
 ) -> list[dict]:
     """Share of facts recalled by length and depth (0 far, 1 near) under each policy, from `num_texts` texts per length."""
-    records = []
-    for policy in policies:
-        for length in lengths:
-            if policy == "full" and full_limit is not None and length > full_limit:
-                continue
-            found = read_texts(model, tokenizer, token_ids, policy, length, num_texts, seed, with_losses=False)
-            for index, answers in enumerate(zip(*(text.answers for text in found))):
-                depth = round((index + 0.5) / len(KINDS), 2)
-                records.append({"policy": policy, "length": length, "depth": depth} | accuracy(list(answers)))
-    return records
+
+    def ask(cache: StateBankCache, facts: list[Fact], settings: dict) -> list[Answer]:
+        return [answer_from(answer_logits(model, tokenizer, cache, fact), tokenizer, fact) for fact in facts]
+
+    found = asked_by_depth(model, tokenizer, token_ids, policies, lengths, num_texts, seed, full_limit, ask)
+    return [point | accuracy(answers) for point, answers in found]
 
 
 def measure_budgets(
@@ -240,12 +242,14 @@ def measure_budgets(
     measured once.
     """
     records, shares = [], list(model.config.memory_slots)
+    texts = list(texts_to_recall(tokenizer, token_ids, length, num_texts, seed))
     for number, num_slots in enumerate(budgets):
         with settings_changed(model, memory_slots=shared_out(num_slots, shares)):
             for policy in policies:
                 if number and policy in ("full", "window"):
                     continue
-                found = read_texts(model, tokenizer, token_ids, policy, length, num_texts, seed, with_losses=True)
+                with settings_changed(model, **policy_settings(model, policy, length)):
+                    found = [recalled(model, tokenizer, text, facts) for text, _, facts in texts]
                 loss = fmean(text.loss_from(length // 2) for text in found)
                 record = {"policy": policy, "slots": num_slots, "state_bytes": found[0].state_bytes}
                 record |= accuracy([answer for text in found for answer in text.answers])

@@ -7,7 +7,6 @@ the answers there: python -m modeling_bwr_dnc.evaluation.sessions FOLDER
 
 import dataclasses
 import json
-import random
 import subprocess
 import sys
 import tempfile
@@ -21,8 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..loading import read_model, read_tokenizer
 from ..retrofit.facts import Fact
 from ..state_bank import StateBankCache
-from .policies import policy_settings, settings_changed
-from .recall import KINDS, accuracy, answer_logits, memory_of, text_to_recall
+from .recall import Answer, accuracy, answer_from, answer_logits, asked_by_depth
 
 SESSION_FILE = "session.json"
 LOGITS_FILE = "logits.safetensors"
@@ -46,26 +44,22 @@ def measure_sessions(
     Args:
         model_name: folder or Hub name that the new process loads the model from.
     """
+
+    def ask(cache: StateBankCache, facts: list[Fact], settings: dict) -> list[tuple[Answer, bool]]:
+        settings = {"memory_slots": list(model.config.memory_slots), **settings}
+        here = [answer_logits(model, tokenizer, cache, fact).cpu() for fact in facts]
+        there = answered_elsewhere(cache, facts, model_name, settings, model.device)
+        return [
+            (answer_from(logits, tokenizer, fact), torch.equal(logits, expected))
+            for fact, logits, expected in zip(facts, there, here, strict=True)
+        ]
+
     records = []
-    for policy in policies:
-        for length in lengths:
-            if policy == "full" and full_limit is not None and length > full_limit:
-                continue
-            settings = {"memory_slots": list(model.config.memory_slots), **policy_settings(model, policy, length)}
-            by_depth: list[list[tuple]] = [[] for _ in KINDS]
-            for number in range(num_texts):
-                text, _, facts = text_to_recall(tokenizer, token_ids, length, random.Random(f"{seed} {number}"))
-                with settings_changed(model, **settings):
-                    cache = memory_of(model, torch.tensor([text]))
-                    here = [answer_logits(model, tokenizer, cache, fact).cpu() for fact in facts]
-                there = answered_elsewhere(cache, facts, model_name, settings, model.device)
-                for index, fact in enumerate(facts):
-                    answer = (there[index].argmax(-1).tolist(), fact.token_ids(tokenizer)[1])
-                    by_depth[index].append((answer, torch.equal(here[index], there[index])))
-            for index, found in enumerate(by_depth):
-                depth, same = round((index + 0.5) / len(KINDS), 2), sum(same for _, same in found) / num_texts
-                record = {"policy": policy, "length": length, "depth": depth, "same": same}
-                records.append(record | accuracy([answer for answer, _ in found]))
+    for point, found in asked_by_depth(
+        model, tokenizer, token_ids, policies, lengths, num_texts, seed, full_limit, ask
+    ):
+        answers, same = zip(*found)
+        records.append(point | {"same": sum(same) / len(same)} | accuracy(answers))
     return records
 
 
