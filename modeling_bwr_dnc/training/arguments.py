@@ -25,7 +25,9 @@ class BwrDncTrainingArguments(TrainingArguments):
     )
     loss_chunk_length: int = field(
         default=256,
-        metadata={"help": "Tokens whose logits exist at the same time, in the forward and the backward pass."},
+        metadata={
+            "help": "Tokens whose logits exist at the same time, in the forward pass; the backward pass needs none."
+        },
     )
     retention_noise: bool = field(
         default=False, metadata={"help": "Gumbel noise on what the memory retains, seeded by the step."}
