@@ -1,6 +1,7 @@
 """What the command lines share: the text to work on, loading a model, and errors as one line with exit code 2."""
 
 import argparse
+import json
 import logging
 import sys
 import tempfile
@@ -93,6 +94,17 @@ def check_least(arguments: argparse.Namespace, **least: int) -> None:
         for each in value if isinstance(value, list) else [value]:
             if not each >= bound:
                 raise ValueError(f"--{name.replace('_', '-')} is {each}, but must be at least {bound}")
+
+
+def key_and_value(item: str) -> tuple[str, object]:
+    """KEY=VALUE, with the value read as JSON where it is any. Raises `ValueError` for what has no `=`."""
+    key, found, value = item.partition("=")
+    if not found:
+        raise ValueError(f"a setting is {item!r}, but must be KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
 
 
 def load_state(folder: str, model: BwrDncForCausalLM) -> StateBankCache:

@@ -37,7 +37,7 @@ from modeling_bwr_dnc.evaluation.recall import measure_budgets, measure_recall
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.evaluation.sessions import measure_sessions
 from modeling_bwr_dnc.tasks import TASKS, Passkey, Task, TextNeedle
-from scripts.command_line import add_device, check_least, check_output, load_bare_model, load_model, run
+from scripts.command_line import add_device, check_least, check_output, key_and_value, load_bare_model, load_model, run
 
 TEXT_MEASURES = ("loss", "passkey", "needle", "facts", "sessions", "budgets")
 MEASURES = (*TEXT_MEASURES, "accuracy", "pairs")
@@ -246,21 +246,14 @@ def task_from(name: str, options: list[str], known: dict) -> Task:
     known = dict(known)
     fields = sorted(field.name for field in dataclasses.fields(TASKS[name]))
     for item in options:
-        key, _, value = item.partition("=")
+        key, value = key_and_value(item)
         if key not in fields:
             raise ValueError(f"the task {name!r} has no setting {key!r}; it has {', '.join(fields)}")
-        known[key] = _number(value)
+        known[key] = value
     try:
         return TASKS[name](**known)
     except TypeError as error:
         raise ValueError(f"the settings of the task {name!r} do not fit: {error}") from None
-
-
-def _number(text: str):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.staging import complete_folder, write_text
 from modeling_bwr_dnc.tasks import TASKS, Task
 from modeling_bwr_dnc.tasks.learning import ABLATIONS, MODEL_KINDS, Stage, learn, small_config, staged
-from scripts.command_line import check_least, check_output, run
+from scripts.command_line import check_least, check_output, key_and_value, run
 from scripts.evaluate import TASK_FILE, task_from
 
 # Rows of the measurements; training uses small seeds.
@@ -87,7 +87,7 @@ def train_task(arguments: argparse.Namespace) -> None:
     check_least(arguments, steps=1, tokens_per_batch=1, lengths=1, pairs=1, rows=1, full_limit=0)
     check_output(arguments.output)
     task = task_from(arguments.task, arguments.option, {"length": arguments.length})
-    settings = dict(_pair(item) for item in arguments.setting)
+    settings = dict(map(key_and_value, arguments.setting))
     configs = [small_config(kind, task, arguments.memory_slots, **settings) for kind in arguments.models]
     unknown = [name for name in settings if not any(name in type(config)().to_dict() for config in configs)]
     if unknown:
@@ -187,16 +187,6 @@ def _unseen(task: Task, **changes) -> Task:
 
 def _options(task: Task) -> dict:
     return {field.name: getattr(task, field.name) for field in dataclasses.fields(task) if field.name != "tokenizer"}
-
-
-def _pair(item: str) -> tuple:
-    name, found, value = item.partition("=")
-    if not found:
-        raise ValueError(f"a setting is {item!r}, but must be KEY=VALUE")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def _mean_of_seeds(records: list[dict]) -> list[dict]:
