@@ -6,10 +6,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from .configuration_bwr_dnc import BwrDncConfig
+from .memory_parameters import is_memory_parameter
 from .modeling_bwr_dnc import BwrDncForCausalLM
-
-# Parts that settings may add to a saved model; they start out neutral.
-OPTIONAL_PARTS = (".memory.", ".short_conv.")
 
 
 def read_config(name: str | Path, **settings) -> BwrDncConfig:
@@ -46,7 +44,7 @@ def read_model(name: str | Path, **options) -> BwrDncForCausalLM:
         raise ValueError(
             f"the weights of {name} could not be read: {first_line(error)}; restore them from a copy"
         ) from error
-    missing = [key for key in report["missing_keys"] if not any(part in key for part in OPTIONAL_PARTS)]
+    missing = [key for key in report["missing_keys"] if not _is_optional(key)]
     absent = sorted(missing) + sorted(key for key, *_ in report["mismatched_keys"])
     if absent:
         raise ValueError(
@@ -54,6 +52,11 @@ def read_model(name: str | Path, **options) -> BwrDncForCausalLM:
             "out random; restore the weights from a copy"
         )
     return model
+
+
+def _is_optional(name: str) -> bool:
+    """Whether a parameter is of a part that settings may add to a saved model: it starts out neutral."""
+    return is_memory_parameter(name) or ".short_conv." in name
 
 
 def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

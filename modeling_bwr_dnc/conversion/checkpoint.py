@@ -18,6 +18,7 @@ from modeling_bwr_dnc.conversion.memory_adapter import adapter_slots, load_memor
 from modeling_bwr_dnc.conversion.model_card import write_model_card
 from modeling_bwr_dnc.conversion.sources import load_source
 from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
+from modeling_bwr_dnc.memory_parameters import is_memory_parameter
 from modeling_bwr_dnc.staging import complete_folder
 
 RECORD_FILE = "conversion.json"
@@ -101,7 +102,7 @@ def convert_checkpoint(
     model = transfer_weights(original.model, config)
     adapted = [] if memory_adapter is None else load_memory_adapter(model, memory_adapter)
     proof = prove_equality(original.model, model, original.tokenizer, python_manual()) if prove else None
-    memory_sizes = [p.numel() for name, p in model.named_parameters() if ".memory." in name]
+    memory_sizes = [p.numel() for name, p in model.named_parameters() if is_memory_parameter(name)]
     record = Conversion(
         source=original.name,
         segment_length=config.segment_length,

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_bwr_dnc.configuration_bwr_dnc import BwrDncConfig
-from modeling_bwr_dnc.conversion.memory_adapter import MEMORY_MARK
+from modeling_bwr_dnc.memory_parameters import is_memory_parameter
 from modeling_bwr_dnc.modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.state_bank import StateBankCache
 
@@ -196,7 +196,7 @@ def transfer_weights(source: PreTrainedModel, config: BwrDncConfig) -> BwrDncFor
             raise ValueError(
                 f"the source tensor {name!r} has shape {tuple(tensor.shape)}, its place {tuple(places[name].shape)}"
             )
-    unfilled = [name for name in places if name not in weights and MEMORY_MARK not in name]
+    unfilled = [name for name in places if name not in weights and not is_memory_parameter(name)]
     if unfilled:
         raise ValueError(f"no source tensor fills {unfilled[0]!r}; it would start out random")
     model.load_state_dict(weights, strict=False, assign=True)

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-MEMORY_MARK = ".memory."
+from modeling_bwr_dnc.memory_parameters import MEMORY, is_memory_parameter
+
 SETTINGS = (
     "salience_pooling",
     "salience_boost",
@@ -34,7 +35,7 @@ def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
         ValueError: if the model has no memory parameters, or an untrained memory.
         OSError: if the file cannot be written.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if MEMORY_MARK in name}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_memory_parameter(name)}
     if not tensors:
         raise ValueError("the model has no memory parameters; give it at least one 'state_bank_attention' layer")
     tensors = {name: tensor for name, tensor in tensors.items() if bool(tensor.any())}
@@ -73,12 +74,10 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
         settings = json.loads((file.metadata() or {}).get("settings", "{}"))
     if not tensors:
         raise ValueError(f"the memory adapter {path} is empty")
-    places = {name: place for name, place in model.state_dict().items() if MEMORY_MARK in name}
+    places = {name: place for name, place in model.state_dict().items() if is_memory_parameter(name)}
     for name, tensor in tensors.items():
-        if MEMORY_MARK not in name:
-            raise ValueError(
-                f"the memory adapter {path} holds {name!r}, which is no memory parameter ('{MEMORY_MARK}')"
-            )
+        if not is_memory_parameter(name):
+            raise ValueError(f"the memory adapter {path} holds {name!r}, which is no memory parameter ('{MEMORY}')")
         if name not in places:
             raise ValueError(f"the memory adapter {path} holds {name!r}, which this model does not have")
         if tensor.shape != places[name].shape:

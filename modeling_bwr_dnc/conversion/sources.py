@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from modeling_bwr_dnc.loading import first_line
+
 # Buffers that old Llama-family files carry and that every model computes by itself; they are not weights.
 _COMPUTED_TENSORS = ("rotary_emb.inv_freq",)
 
@@ -75,7 +77,7 @@ def load_source(source: str | Path, dtype: torch.dtype | None = None) -> Source:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
         place = "holds no readable config.json" if is_local else "could not be read from the Hub or its cache"
-        raise ValueError(f"{name} {place}: {_first_line(error)}") from error
+        raise ValueError(f"{name} {place}: {first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantised; convert the unquantised checkpoint, then quantise the result")
     model = _load_exactly(name, config=config, dtype=dtype or "auto")
@@ -99,7 +101,7 @@ def _load_exactly(name: str, **options) -> PreTrainedModel:
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the weights of {name} could not be read: {_first_line(error)}") from error
+        raise ValueError(f"the weights of {name} could not be read: {first_line(error)}") from error
     unknown = sorted(key for key in report["unexpected_keys"] if not key.endswith(_COMPUTED_TENSORS))
     if unknown:
         raise ValueError(
@@ -153,7 +155,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> Source:
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{path} is not a readable GGUF file: {_first_line(error)}") from error
+        raise ValueError(f"{path} is not a readable GGUF file: {first_line(error)}") from error
 
     folder, file_name = str(path.parent), path.name
     _check_gguf_settings(path.name, reader)
@@ -233,7 +235,3 @@ def _restore_digit_splitting(tokenizer: PreTrainedTokenizerBase, pre_tokenizer_n
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

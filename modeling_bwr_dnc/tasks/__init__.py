@@ -1,9 +1,10 @@
 """Long-range tasks made on the fly from a seed, each with an oracle that solves it by reading."""
 
+from ..token_loss import IGNORED
 from .curriculum import PHASES, Curriculum, Phase
 from .stories import Story
 from .symbols import Copy, Infill, Lookup, Mqar, Needle, Recall, SelectiveCopy
-from .task import IGNORED, Task
+from .task import Task
 from .text import Passkey, TextNeedle, VariableTracking
 
 TASKS: dict[str, type[Task]] = {

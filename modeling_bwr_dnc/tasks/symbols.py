@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..token_loss import IGNORED
 from .task import (
     ASK,
     BEGIN,
@@ -13,7 +14,6 @@ from .task import (
     COPY,
     HOP2,
     HOP3,
-    IGNORED,
     SymbolTask,
     check_depth,
     chosen_labels,

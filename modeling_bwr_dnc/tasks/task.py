@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from datasets import IterableDataset
 
-IGNORED = -100
+from ..token_loss import IGNORED
 
 
 def require(holds: bool, name: str, value, rule: str) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.reading import python_manual
-from .task import IGNORED, Task, check_depth, require
+from ..token_loss import IGNORED
+from .task import Task, check_depth, require
 
 GRASS = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 

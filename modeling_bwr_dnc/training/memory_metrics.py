@@ -7,14 +7,8 @@ Shapes: `B` rows, `G` key/value heads, `N` entries before the window.
 import torch
 from torch import nn
 
+from ..memory_parameters import MEMORY
 from ..state_bank import BankState, StateBankCache
-
-MEMORY = ".memory."
-
-
-def is_memory_parameter(name: str) -> bool:
-    """Whether a parameter of a model belongs to the learned parts of its memory."""
-    return MEMORY in name
 
 
 @torch.no_grad()

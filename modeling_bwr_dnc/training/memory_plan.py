@@ -30,10 +30,10 @@ from torch.utils._pytree import tree_iter
 
 from ..configuration_bwr_dnc import BwrDncConfig
 from ..loading import read_config
+from ..memory_parameters import is_memory_parameter
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..presets import list_presets, preset_path
 from .allocator import LARGE
-from .memory_metrics import is_memory_parameter
 from .spans import read_in_spans
 
 SIZES = ("small", "large")

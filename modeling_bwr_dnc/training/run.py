@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_bwr_dnc import BwrDncConfig
 from ..loading import read_config, read_model, read_tokenizer
+from ..memory_parameters import is_memory_parameter
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..peft_defaults import MEMORY_MODULES, NOT_QUANTIZED
 from ..presets import list_presets, preset_path, tokenizer_path
@@ -22,7 +23,6 @@ from ..tasks import PHASES, TASKS, Curriculum, Task
 from ..tasks.curriculum_callback import CurriculumCallback
 from .arguments import BwrDncTrainingArguments
 from .data import DataSource, RowCollator, build_rows, split_validation
-from .memory_metrics import is_memory_parameter
 from .recipe import Recipe
 from .trainer import BwrDncTrainer
 

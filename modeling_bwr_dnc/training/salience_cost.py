@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .memory_metrics import MEMORY
+from ..memory_parameters import MEMORY
 
 
 class SalienceCost:

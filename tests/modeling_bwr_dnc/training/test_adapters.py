@@ -5,8 +5,8 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
 from modeling_bwr_dnc import BwrDncForCausalLM
+from modeling_bwr_dnc.memory_parameters import is_memory_parameter
 from modeling_bwr_dnc.peft_defaults import IA3_TARGETS, LORA_TARGETS
-from modeling_bwr_dnc.training.memory_metrics import is_memory_parameter
 from modeling_bwr_dnc.training.run import add_adapter, load_base
 from tests.modeling_bwr_dnc.builders import tiny_config
 from tests.modeling_bwr_dnc.training.conftest import losses
