@@ -106,9 +106,9 @@ def benchmark(arguments: argparse.Namespace) -> None:
     for name, value in (QUICK if arguments.quick else DEFAULTS).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    config = load_config(arguments.preset)
-    check(arguments, config)
+    check(arguments)
     check_output(arguments.output)
+    config = load_config(arguments.preset)
     settings = Settings(
         config=config,
         models=tuple(name for name in PEERS if name in arguments.models),
@@ -196,7 +196,7 @@ def load_config(name: str) -> BwrDncConfig:
     return read_config(Path(name) if Path(name).is_dir() else preset_path(name))
 
 
-def check(arguments: argparse.Namespace, config: BwrDncConfig) -> None:
+def check(arguments: argparse.Namespace) -> None:
     if arguments.device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device is {arguments.device!r}, but must be cpu or cuda")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():

@@ -53,8 +53,6 @@ READING_MEMORY_LENGTHS = (2048, 16384, 131072)
 WARM_UP_LENGTH = 512
 WARM_UP_TOKENS = 2
 COLD_START_TOKENS = 8
-# Losses of a training step. "plain": the model's own, over the logits of the whole input. "chunked": of this package.
-LOSSES = ("plain", "chunked")
 
 # Runs in a new process and imports nothing but what it measures.
 COLD_START = """
@@ -120,7 +118,12 @@ def new_optimizer(model: PreTrainedModel, name: str) -> torch.optim.Optimizer | 
 def training_step(
     model: PreTrainedModel, ids: torch.Tensor, loss_kind: str, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """Forward, backward and, if there is an optimizer, its step; gradients are gone afterwards."""
+    """
+    Forward, backward and, if there is an optimizer, its step; gradients are gone afterwards.
+
+    Args:
+        loss_kind: "plain": the model's own loss, over the logits of the whole input; "chunked": that of this package.
+    """
     model.train()
     if loss_kind == "chunked":
         labels = F.pad(ids[:, 1:], (0, 1), value=-100)

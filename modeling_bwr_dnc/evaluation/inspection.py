@@ -62,7 +62,7 @@ def draw_memory(cache: StateBankCache, path: str | Path, row: int = 0) -> None:
     for axis, (name, title) in zip(
         axes[2:], {"age": "mean age (tokens)", "usage": "mean usage", "salience": "mean salience (logit)"}.items()
     ):
-        _draw_means(axis, report, layers, name, title)
+        _draw_means(axis, report, name, title)
     for index, axis in enumerate(axes):
         axis.set_ylim(len(layers) - 0.5, -0.5)
         axis.set_yticks(range(len(layers)), layers if index == 0 else [""] * len(layers), fontsize=8)
@@ -171,7 +171,7 @@ def _draw_slot_counts(axis, report: list[dict], layers: list[int]) -> None:
     axis.set_title("slots per head", fontsize=10, color=INK)
 
 
-def _draw_means(axis, report: list[dict], layers: list[int], name: str, title: str) -> None:
+def _draw_means(axis, report: list[dict], name: str, title: str) -> None:
     for level, color in enumerate(LEVEL_COLORS):
         entries = [entry for entry in report if entry["level"] == level]
         places = [place for place, entry in enumerate(entries) if entry["used"]]

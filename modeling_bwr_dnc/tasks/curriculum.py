@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from datasets import IterableDataset
 
 from .symbols import Copy, Infill, Lookup, Needle, Recall
 from .task import SymbolTask, require
@@ -116,10 +115,6 @@ class Curriculum:
             self.step = max(self.step - 1, 0)
         return self.step != before
 
-    @property
-    def is_at_the_top(self) -> bool:
-        return self.step == len(self.ladder) - 1
-
     def go_to_the_top(self) -> None:
         """Begin with the hardest step: all tasks, at the greatest length."""
         self.step = len(self.ladder) - 1
@@ -164,12 +159,3 @@ class Curriculum:
             task = self.group(number)
             input_ids, labels = task.batch(range(max(1, tokens_per_batch // task.length)))
             yield {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
-
-    def dataset(self) -> IterableDataset:
-        """Endless rows that follow this object: read them in its own process, without workers."""
-        return IterableDataset.from_generator(_follow, gen_kwargs={"curricula": [self]})
-
-
-def _follow(curricula: list[Curriculum]) -> Iterator[dict]:
-    for curriculum in curricula:
-        yield from curriculum.rows()
