@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from modeling_bwr_dnc import BwrDncForCausalLM, StateBankCache
-from modeling_bwr_dnc.evaluation.reading import check_text, read_text_file
 from modeling_bwr_dnc.loading import first_line, read_model, read_tokenizer
+from modeling_bwr_dnc.texts import check_text, read_text_file
 
 
 def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:

@@ -26,7 +26,7 @@ import transformers
 from modeling_bwr_dnc.evaluation.measuring import task_accuracy
 from modeling_bwr_dnc.staging import write_text
 from modeling_bwr_dnc.tasks import Curriculum
-from modeling_bwr_dnc.tasks.learning import learn, small_config
+from modeling_bwr_dnc.training.learning import learn, small_config
 from scripts.command_line import check_least, check_output, run
 
 WAYS = ("curriculum", "lengths", "none")

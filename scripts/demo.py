@@ -24,8 +24,9 @@ from modeling_bwr_dnc.conversion import convert_checkpoint, obtain_smollm2
 from modeling_bwr_dnc.conversion.checkpoint import RECORD_FILE
 from modeling_bwr_dnc.conversion.hub_folder import check_model_folder
 from modeling_bwr_dnc.evaluation.inspection import draw_held_text, draw_memory, report_table
-from modeling_bwr_dnc.evaluation.reading import continue_text, python_manual, read_tokens
+from modeling_bwr_dnc.evaluation.reading import continue_text, read_tokens
 from modeling_bwr_dnc.retrofit import Fact, hide_facts, sentence_ends
+from modeling_bwr_dnc.texts import python_manual
 from scripts.command_line import check_least, check_output, load_model, run
 
 PACKAGE = Path(modeling_bwr_dnc.__file__).parent

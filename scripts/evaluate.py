@@ -32,11 +32,11 @@ from modeling_bwr_dnc.evaluation.measuring import (
     measure_pairs_and_slots,
 )
 from modeling_bwr_dnc.evaluation.policies import CONTROLS, POLICIES
-from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
 from modeling_bwr_dnc.evaluation.recall import measure_budgets, measure_recall
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.evaluation.sessions import measure_sessions
 from modeling_bwr_dnc.tasks import TASKS, Passkey, Task, TextNeedle
+from modeling_bwr_dnc.texts import python_manual, read_text_file
 from scripts.command_line import add_device, check_least, check_output, key_and_value, load_bare_model, load_model, run
 
 TEXT_MEASURES = ("loss", "passkey", "needle", "facts", "sessions", "budgets")

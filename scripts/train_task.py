@@ -21,12 +21,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from modeling_bwr_dnc.evaluation.measuring import read_blocks, task_accuracy
+from modeling_bwr_dnc.blocks import read_blocks
+from modeling_bwr_dnc.evaluation.measuring import task_accuracy
 from modeling_bwr_dnc.evaluation.peers import cache_nbytes
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.staging import complete_folder, write_text
 from modeling_bwr_dnc.tasks import TASKS, Task
-from modeling_bwr_dnc.tasks.learning import ABLATIONS, MODEL_KINDS, Stage, learn, small_config, staged
+from modeling_bwr_dnc.training.learning import ABLATIONS, MODEL_KINDS, Stage, learn, small_config, staged
 from scripts.command_line import check_least, check_output, key_and_value, run
 from scripts.evaluate import TASK_FILE, task_from
 

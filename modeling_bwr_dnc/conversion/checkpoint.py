@@ -17,9 +17,9 @@ from modeling_bwr_dnc.conversion.llama_family import (
 from modeling_bwr_dnc.conversion.memory_adapter import adapter_slots, load_memory_adapter
 from modeling_bwr_dnc.conversion.model_card import write_model_card
 from modeling_bwr_dnc.conversion.sources import load_source
-from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
 from modeling_bwr_dnc.memory_parameters import is_memory_parameter
 from modeling_bwr_dnc.staging import complete_folder
+from modeling_bwr_dnc.texts import python_manual, read_text_file
 
 RECORD_FILE = "conversion.json"
 

@@ -28,6 +28,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from modeling_bwr_dnc import BwrDncConfig
+from modeling_bwr_dnc.allocator import trim_freed_memory
+from modeling_bwr_dnc.blocks import cache_name
 from modeling_bwr_dnc.evaluation import machine
 from modeling_bwr_dnc.evaluation.machine import REPOSITORY, in_fresh_process, middle, timed
 from modeling_bwr_dnc.evaluation.peers import (
@@ -36,13 +38,11 @@ from modeling_bwr_dnc.evaluation.peers import (
     OURS,
     PEERS,
     Peer,
-    cache_name,
     cache_nbytes,
     decoded_token_bytes,
     forward_flops,
 )
-from modeling_bwr_dnc.training.allocator import trim_freed_memory
-from modeling_bwr_dnc.training.token_loss import head_gives_loss
+from modeling_bwr_dnc.head_loss import head_gives_loss
 
 # Lengths measured by default.
 TRAINING_LENGTHS = (512, 2048, 8192)

@@ -14,9 +14,10 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from ..blocks import BLOCK_LENGTH
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..state_bank import StateBankCache
-from .measuring import BLOCK_LENGTH, token_losses
+from .measuring import token_losses
 
 
 @register_model("bwr_dnc")

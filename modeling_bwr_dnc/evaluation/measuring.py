@@ -11,43 +11,15 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from ..blocks import BLOCK_LENGTH, read_blocks
+from ..settings import settings_changed
 from ..tasks import IGNORED, Task
 from .metrics.answer_accuracy.answer_accuracy import answer_accuracy
 from .metrics.loss_by_position.loss_by_position import loss_by_position
-from .peers import cache_name
-from .policies import policy_settings, settings_changed
+from .policies import policy_settings
 
-BLOCK_LENGTH = 1024
 # Tokens whose logits exist at the same time.
 LOGITS_AT_ONCE = 256
-
-
-@torch.no_grad()
-def read_blocks(
-    model: PreTrainedModel, input_ids: torch.Tensor, block_length: int = BLOCK_LENGTH, cache: object = None
-) -> Iterator[tuple[int, torch.Tensor, object]]:
-    """
-    Read `input_ids` [B, T] block by block, after what `cache` has read; gives where each block starts, its last hidden states
-    [B, block, hidden], and the cache after it.
-    """
-    model.eval()
-    # A model with adapters has its decoder behind several wrappers, whose `forward` names no arguments.
-    decoder = model.get_decoder()
-    name = cache_name(decoder)
-    for start in range(0, input_ids.shape[1], block_length):
-        block = input_ids[:, start : start + block_length].to(model.device)
-        outputs = decoder(input_ids=block, **{name: cache}, use_cache=True, **_without_attention(model, start, block))
-        cache = getattr(outputs, name)
-        yield start, outputs.last_hidden_state, cache
-
-
-def _without_attention(model: PreTrainedModel, start: int, block: torch.Tensor) -> dict:
-    """Models whose layers are all recurrent must be told where they are: Transformers asks the attention layers of a cache."""
-    kinds = set(getattr(model.config, "layer_types", None) or ())
-    if model.config.model_type != "qwen3_next" or kinds != {"linear_attention"}:
-        return {}
-    positions = torch.arange(start, start + block.shape[1], device=block.device)
-    return {"position_ids": positions[None], "attention_mask": dict.fromkeys(("full_attention", "linear_attention"))}
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ Shapes: `P` positions, `S` segment length.
 """
 
 import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -207,12 +206,6 @@ def decoded_token_bytes(
     visible = int(peer.visible_keys(config, num_before + 1)[-1])
     itemsize = model.get_output_embeddings().weight.element_size()
     return weights + 2.0 * batch_size * config.num_key_value_heads * config.head_dim * visible * itemsize
-
-
-def cache_name(model: PreTrainedModel) -> str:
-    """What a model calls its cache: state space models have a name of their own for it."""
-    accepted = inspect.signature(model.forward).parameters
-    return next(name for name in ("past_key_values", "cache_params") if name in accepted)
 
 
 def cache_nbytes(cache) -> int:

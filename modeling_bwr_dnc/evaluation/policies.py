@@ -1,8 +1,5 @@
 """What a memory is compared with: the same weights, reading with another policy of what stays."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from transformers import PreTrainedModel
 
 from ..configuration_bwr_dnc import RETENTION_SCORES
@@ -57,16 +54,3 @@ def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
         score = policy.removeprefix("score:")
         return {"retention_score": score} | ({} if score == "salience" else UNSALIENT)
     raise ValueError(f"the policy is {policy!r}, but must be one of {', '.join(POLICIES)}")
-
-
-@contextmanager
-def settings_changed(model: PreTrainedModel, **settings) -> Iterator[PreTrainedModel]:
-    """While this lasts, the model runs with other settings of its config; they are not validated, as controls go beyond them."""
-    before = {name: getattr(model.config, name) for name in settings}
-    for name, value in settings.items():
-        setattr(model.config, name, value)
-    try:
-        yield model
-    finally:
-        for name, value in before.items():
-            setattr(model.config, name, value)

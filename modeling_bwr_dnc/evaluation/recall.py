@@ -14,11 +14,13 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..blocks import read_blocks
 from ..retrofit.facts import Fact, hide_facts, sentence_ends
+from ..settings import settings_changed
 from ..state_bank import StateBankCache
-from .measuring import points, read_blocks, read_losses
+from .measuring import points, read_losses
 from .metrics.answer_accuracy.answer_accuracy import answer_accuracy
-from .policies import PINNED, policy_settings, settings_changed
+from .policies import PINNED, policy_settings
 
 CHOICES = {
     "name": "Thorvald Gunnarsson,Priscilla Applegate,Mbali Dlamini,Ferdinand Oyelaran,Svetlana Morozova,Aiko Shimizu".split(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.measuring import read_blocks
+from ..blocks import read_blocks
 from .freezing import only_trained
 from .salience import text_with_facts
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..evaluation.policies import settings_changed
+from ..settings import settings_changed
 from ..token_loss import IGNORED
 from .freezing import only_trained
 

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.measuring import read_blocks
+from ..blocks import read_blocks
 from ..memory_ops import pooled_salience
 from .facts import Fact, hide_facts, make_fact, sentence_ends
 

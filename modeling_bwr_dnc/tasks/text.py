@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation.reading import python_manual
+from ..texts import python_manual
 from ..token_loss import IGNORED
 from .task import Task, check_depth, require
 

@@ -28,12 +28,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ..allocator import LARGE
 from ..configuration_bwr_dnc import BwrDncConfig
 from ..loading import read_config
 from ..memory_parameters import is_memory_parameter
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..presets import list_presets, preset_path
-from .allocator import LARGE
 from .spans import read_in_spans
 
 SIZES = ("small", "large")

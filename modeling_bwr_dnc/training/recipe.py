@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 
 import yaml
 
-from ..evaluation.reading import read_text_file
+from ..texts import read_text_file
 from .arguments import BwrDncTrainingArguments
 from .data import DataSource
 

@@ -20,8 +20,8 @@ from ..peft_defaults import MEMORY_MODULES, NOT_QUANTIZED
 from ..presets import list_presets, preset_path, tokenizer_path
 from ..staging import complete_folder
 from ..tasks import PHASES, TASKS, Curriculum, Task
-from ..tasks.curriculum_callback import CurriculumCallback
 from .arguments import BwrDncTrainingArguments
+from .curriculum_callback import CurriculumCallback
 from .data import DataSource, RowCollator, build_rows, split_validation
 from .recipe import Recipe
 from .trainer import BwrDncTrainer

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..head_loss import head_gives_loss
 from ..state_bank import StateBankCache
 from ..token_loss import IGNORED
-from .token_loss import head_gives_loss
 
 PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..allocator import return_freed_memory
 from ..memory_parameters import is_memory_parameter
 from ..staging import complete_folder
 from ..state_bank import StateBankCache
 from ..token_loss import IGNORED
-from .allocator import return_freed_memory
 from .arguments import BwrDncTrainingArguments
 from .memory_metrics import GateMovement, bank_metrics
 from .salience_cost import SalienceCost

@@ -5,7 +5,7 @@ import zipfile
 import pytest
 
 from modeling_bwr_dnc.conversion import converted_config, load_source, prove_equality, smollm2, transfer_weights
-from modeling_bwr_dnc.evaluation.reading import python_manual
+from modeling_bwr_dnc.texts import python_manual
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from modeling_bwr_dnc.evaluation.measuring import (
     task_accuracy,
     token_losses,
 )
-from modeling_bwr_dnc.evaluation.policies import CONTROLS, PINNED, POLICIES, policy_settings, settings_changed
+from modeling_bwr_dnc.evaluation.policies import CONTROLS, PINNED, POLICIES, policy_settings
 from modeling_bwr_dnc.evaluation.recall import shared_out
+from modeling_bwr_dnc.settings import settings_changed
 from modeling_bwr_dnc.tasks import IGNORED, Copy, Lookup, Needle
 
 

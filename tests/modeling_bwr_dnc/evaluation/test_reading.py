@@ -7,11 +7,8 @@ from modeling_bwr_dnc import StateBankCache
 from modeling_bwr_dnc.conversion import converted_config, transfer_weights
 from modeling_bwr_dnc.evaluation.reading import (
     chat_turn,
-    check_text,
     close_chat_turn,
     continue_text,
-    python_manual,
-    read_text_file,
     read_tokens,
 )
 from tests.tiny_sources import CONFIGS, byte_tokenizer, random_source
@@ -92,28 +89,3 @@ def test_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="rewrites earlier turns"):
         chat_turn(tokenizer, "hello", False)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "empty"), (b" \n", "empty"), (b"\xff\xfe\x00", "not UTF-8"), (b"ELF\0\1", "NUL bytes")],
-)
-def test_file_that_holds_no_text_is_refused(tmp_path, content, message):
-    path = tmp_path / "prompt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_text_file(path)
-
-
-@pytest.mark.parametrize("name", ["missing.txt", "."])
-def test_missing_file_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="no file at"):
-        read_text_file(tmp_path / name)
-
-
-def test_text_is_returned_as_it_is():
-    assert check_text("  höhö\n".encode(), "x") == "  höhö\n"
-
-
-def test_python_manual_is_a_long_text():
-    assert len(python_manual()) > 200_000 and "yield" in python_manual()

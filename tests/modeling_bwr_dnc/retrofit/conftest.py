@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from modeling_bwr_dnc.evaluation.reading import python_manual
+from modeling_bwr_dnc.texts import python_manual
 
 TOKENIZER = Path(__file__).parent.parent.parent.parent / "tokenization" / "bwr-dnc-bpe-50k"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_bwr_dnc.evaluation.measuring import read_blocks
+from modeling_bwr_dnc.blocks import read_blocks
 from modeling_bwr_dnc.retrofit import fit_attention_boost
 from modeling_bwr_dnc.retrofit.boost import _loss, _set_boosts
 from tests.modeling_bwr_dnc.builders import tiny_config, tiny_model

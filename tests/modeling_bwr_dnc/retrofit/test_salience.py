@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from modeling_bwr_dnc import BwrDncForCausalLM
+from modeling_bwr_dnc.blocks import read_blocks
 from modeling_bwr_dnc.conversion.memory_adapter import load_memory_adapter, save_memory_adapter
-from modeling_bwr_dnc.evaluation.measuring import read_blocks, token_losses
+from modeling_bwr_dnc.evaluation.measuring import token_losses
 from modeling_bwr_dnc.evaluation.recall import measure_recall, memory_of, recalled, text_to_recall
 from modeling_bwr_dnc.retrofit import fit_salience
 from modeling_bwr_dnc.retrofit.salience import Moments, discriminant, said_again, text_with_facts

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..token_loss import summed_cross_entropy
+from .token_loss import summed_cross_entropy
 
 
 @contextmanager

@@ -27,11 +27,11 @@ from transformers import (
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from ..configuration_bwr_dnc import BwrDncConfig
-from ..training.arguments import BwrDncTrainingArguments
-from ..training.trainer import BwrDncTrainer
-from .curriculum import Curriculum
+from ..tasks import Curriculum, Task
+from ..tasks.task import require
+from .arguments import BwrDncTrainingArguments
 from .curriculum_callback import CurriculumCallback
-from .task import Task, require
+from .trainer import BwrDncTrainer
 
 # What is trained alike and compared: the memory; with the same parameters full attention (slots that hold everything, positions as
 # ranks), and sinks and window only; and two recurrent models (Dao and Gu, 2024; Yang et al., 2024).

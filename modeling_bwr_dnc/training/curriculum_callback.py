@@ -3,8 +3,8 @@
 from transformers import Trainer, TrainerCallback
 
 from ..evaluation.measuring import task_accuracy
-from .curriculum import Curriculum
-from .task import require
+from ..tasks import Curriculum
+from ..tasks.task import require
 
 
 class CurriculumCallback(TrainerCallback):

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from modeling_bwr_dnc import BwrDncForCausalLM
-from modeling_bwr_dnc.evaluation.measuring import read_blocks, task_accuracy
+from modeling_bwr_dnc.blocks import read_blocks
+from modeling_bwr_dnc.evaluation.measuring import task_accuracy
 from modeling_bwr_dnc.tasks import Copy, Lookup
-from modeling_bwr_dnc.tasks.learning import (
+from modeling_bwr_dnc.training.learning import (
     ABLATIONS,
     MODEL_KINDS,
     Stage,
