@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .call import Call, RotaryTable, Sequences, Tokens
+from .layer_state import BankState, RowState
 from .memory_ops import (
     MASKED,
     MAX_SOURCES,
@@ -37,7 +38,6 @@ from .memory_ops import (
     salience_bias,
     take_rows,
 )
-from .state_bank import BankState, RowState
 
 
 def refreshed(state: BankState, rotary: RotaryTable) -> BankState:

@@ -43,18 +43,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .bank_reader import BankReader, refreshed, stays_lossless
 from .call import Call, Layout, RotaryTable, Sequences, Tokens, lay_out
 from .configuration_bwr_dnc import BwrDncConfig
+from .layer_state import BankState, RowState, StateShapes, extend_history
 from .linear import apply_linear, gated_linear
 from .memory_ops import COMPLEXITY_SHIFT, BankSettings
 from .planned_reader import PlannedReader
-from .state_bank import (
-    BankState,
-    RowState,
-    StateBankCache,
-    StateBankLayer,
-    StateShapes,
-    check_matches_config,
-    extend_history,
-)
+from .state_bank import StateBankCache, StateBankLayer, check_matches_config
 from .token_loss import IGNORED, autocast_dtype, is_plain_head, summed_cross_entropy
 
 # Tokens read at a time from a long input of which only the last logits are wanted.

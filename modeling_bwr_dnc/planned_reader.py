@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .bank_reader import BankReader, Finished, is_biased, joined, row_pressure, with_holes
 from .call import Tokens
+from .layer_state import BankState, RowState
 from .memory_ops import (
     Compress,
     Plan,
@@ -33,7 +34,6 @@ from .memory_ops import (
     take_entries,
     take_rows,
 )
-from .state_bank import BankState, RowState
 
 # Tokens of a layer with slots that are read together, at most (one segment at least), when gradients are wanted.
 READ_TOGETHER = 512

@@ -7,8 +7,9 @@ Shapes: `B` rows, `G` key/value heads, `N` entries before the window.
 import torch
 from torch import nn
 
+from ..layer_state import BankState
 from ..memory_parameters import MEMORY
-from ..state_bank import BankState, StateBankCache
+from ..state_bank import StateBankCache
 
 
 @torch.no_grad()

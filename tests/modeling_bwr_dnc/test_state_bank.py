@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM, StateBankCache
-from modeling_bwr_dnc.state_bank import STATE_FILE, RowState, _digest_of, extend_history, shorten_history
+from modeling_bwr_dnc.layer_state import RowState, extend_history, shorten_history
+from modeling_bwr_dnc.state_bank import STATE_FILE, _digest_of
 
 
 def small_model(seed: int = 0, **settings) -> BwrDncForCausalLM:
