@@ -506,6 +506,9 @@ def retention_scores(candidates: Candidates, noise_seed: int | None = None) -> t
     if noise_seed is not None:
         uniform = hashed_uniform(entries.time.clamp(min=0), noise_seed * 1009 + candidates.layer_idx)
         retention = retention - (-uniform.to(retention.dtype).log()).log()
+    if retention.dtype == torch.float64:
+        # Equal entries differ in their last bits, by the shapes of the products that made them; here they are to tie.
+        retention = retention.float()
     return retention.masked_fill(entries.is_hole, float("-inf"))
 
 

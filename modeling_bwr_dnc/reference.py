@@ -83,7 +83,8 @@ def naive_state_bank_attention(
 
     def retention(entry: Entry) -> tuple[float, int]:  # of two equals the newer is better retained
         salience = entry.delta.detach() + salience_boost * entry.delta.detach().clamp(min=0)
-        return float(salience + usage_weight * entry.usage + recency_weight * entry.time / 1024), entry.time
+        total = salience + usage_weight * entry.usage + recency_weight * entry.time / 1024
+        return float(total.float()), entry.time  # rounded, so that what is equal but for the order of a sum is equal
 
     def settle(g: int, level: int, slots: list[Entry], arrived: list[Entry]) -> list[Entry]:
         """Take `arrived` into `level`; what is too much there goes up, two by two. A level of size 0 forgets."""
