@@ -58,6 +58,14 @@ class RowState:
     def num_slots(self) -> int:
         return sum(self.slot_counts)
 
+    def num_pinned(self, num_sink_tokens: int) -> int:
+        """Positions in pinned spans that need a raw slot."""
+        count, counted = 0, num_sink_tokens
+        for first, last in sorted(self.pinned):
+            count += max(last - max(first, counted), 0)
+            counted = max(last, counted)
+        return count
+
     def num_prefix(self, num_sink_tokens: int) -> int:
         """Entries before the window: sinks that have left it, and slots."""
         return min(num_sink_tokens, self.window_start) + self.num_slots
@@ -279,5 +287,5 @@ def shorten_history(history: torch.Tensor, token_ids: torch.Tensor) -> torch.Ten
 
 
 def _mix(token_ids: torch.Tensor) -> torch.Tensor:
-    state = (token_ids + 1) * _signed(0x9E3779B97F4A7C15)
+    state = (token_ids.long() + 1) * _signed(0x9E3779B97F4A7C15)
     return state ^ ((state >> 29) & ((1 << 35) - 1))

@@ -47,7 +47,7 @@ from .layer_state import BankState, RowState, StateShapes, extend_history
 from .linear import apply_linear, gated_linear
 from .memory_ops import COMPLEXITY_SHIFT, BankSettings
 from .planned_reader import PlannedReader
-from .state_bank import StateBankCache, StateBankLayer, check_matches_config
+from .state_bank import StateBankCache, StateBankLayer, check_matches_config, check_pinned_fit
 from .token_loss import IGNORED, autocast_dtype, is_plain_head, summed_cross_entropy
 
 # Tokens read at a time from a long input of which only the last logits are wanted.
@@ -560,7 +560,9 @@ class BwrDncModel(BwrDncPreTrainedModel):
                 )
         if cache is not None:
             cache.written_by(self)
-        use_memory = self.config.use_memory if use_memory is None else use_memory
+        settings = bank_settings(self.config, self.config.use_memory if use_memory is None else use_memory)
+        if cache is not None and cache.states:
+            check_pinned_fit(cache, settings)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         layout = lay_out(
             inputs_embeds.shape[:2],
@@ -577,7 +579,7 @@ class BwrDncModel(BwrDncPreTrainedModel):
             rotary=self.rotary_emb.table(inputs_embeds, layout.longest),
             sequences=layout.sequences,
             token_ids=input_ids,
-            settings=bank_settings(self.config, use_memory),
+            settings=settings,
             use_salience=self.config.use_salience,
             use_routing=self.config.use_routing,
             keeps_state=bool(use_cache),

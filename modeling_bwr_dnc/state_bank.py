@@ -477,10 +477,8 @@ class StateBankCache(Cache):
         for state in self._banks("pin"):
             for index in range(len(state.rows)) if row is None else [row]:
                 counters, settings = state.rows[index], state.settings
-                count, counted = 0, settings.num_sink_tokens
-                for first, last in sorted((*counters.pinned, (start, end))):
-                    count += max(last - max(first, counted), 0)
-                    counted = max(last, counted)
+                pinned = replace(counters, pinned=(*counters.pinned, (start, end)))
+                count = pinned.num_pinned(settings.num_sink_tokens)
                 if count > settings.memory_slots[0]:
                     raise ValueError(
                         f"`pin` would hold {count} tokens, but a layer has {settings.memory_slots[0]} raw slots; pin a shorter "
@@ -729,6 +727,17 @@ def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
                 f"The state has {name} = {found[name]} (layer {index}), but the model has {wanted[name]}; use the model, and "
                 "the settings, that made the state."
             )
+
+
+def check_pinned_fit(cache: StateBankCache, settings: list[BankSettings]) -> None:
+    """Raise `ValueError` if a layer that goes on with other `settings` would have too few raw slots for what is pinned."""
+    for state, wanted in zip(cache.states, settings, strict=True):
+        for row in state.rows:
+            if row.pinned and (count := row.num_pinned(wanted.num_sink_tokens)) > wanted.memory_slots[0]:
+                raise ValueError(
+                    f"{count} tokens of the state are pinned, but the model now runs with {wanted.memory_slots[0]} raw slots, of which "
+                    "they would be lost; give it at least as many (`memory_slots`, `use_memory`)."
+                )
 
 
 def fingerprint_weights(model: torch.nn.Module) -> str:

@@ -630,6 +630,28 @@ def test_pinned_spans_may_overlap_each_other_and_the_sinks():
         cache.pin(7, 8)
 
 
+@pytest.mark.parametrize("change", [{"memory_slots": [4, 2, 1]}, {"use_memory": False}])
+def test_fewer_slots_than_are_pinned_are_refused_and_nothing_is_lost(change):
+    model = tiny_model(tiny_config(memory_slots=[8, 4, 2]))
+    cache = read(model, token_ids(10))[1]
+    cache.pin(3, 9)
+    before = cache.clone()
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match="6 tokens of the state are pinned"):
+        read(model, token_ids(30, seed=1), cache=cache)
+    assert_same_bank(cache, before)
+
+
+@pytest.mark.parametrize("score", ["salience", "key_norm", "key_difference", "expected_attention"])
+def test_entries_of_the_same_token_tie_however_the_text_is_cut(score):
+    """Keys and salience of equal tokens differ in their last bits only, by the shapes that they were computed in."""
+    for seed in range(8):
+        config = tiny_config(memory_slots=[6, 3, 2], segment_length=4, usage_weight=0.0, retention_score=score)
+        model, ids = tiny_model(config, seed=seed), token_ids(90, seed=seed) % 5
+        assert_close(read(model, ids, random_chunks(90, 7, seed))[0], read(model, ids)[0])
+
+
 # Generation over the same memory
 
 

@@ -215,6 +215,7 @@ def test_a_history_hash_can_be_extended_in_any_split_and_undone():
     padded = torch.cat((torch.full((2, 5), 9), ids), dim=1)
     real = torch.arange(45).expand(2, 45) >= 5
     assert torch.equal(extend_history(nothing, padded, real), whole)
+    assert torch.equal(extend_history(nothing, ids.int()), whole)
     assert shorten_history(whole[0], ids[0, 30:]) == extend_history(nothing, ids[:, :30])[0]
     assert extend_history(nothing, ids.flip(1)).ne(whole).all()
 
