@@ -51,7 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="convert a source that has its own sliding window; it is equalled only within that window",
     )
     parser.add_argument("--skip-proof", action="store_true", help="do not compare with the source")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is a model")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the output folder if it holds a converted model and nothing else",
+    )
     return parser
 
 

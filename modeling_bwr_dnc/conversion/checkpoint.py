@@ -3,9 +3,11 @@
 import json
 import os
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from transformers.dynamic_module_utils import get_relative_imports
 
 from modeling_bwr_dnc.conversion.llama_family import (
     EqualityProof,
@@ -22,6 +24,25 @@ from modeling_bwr_dnc.staging import complete_folder
 from modeling_bwr_dnc.texts import python_manual, read_text_file
 
 RECORD_FILE = "conversion.json"
+# What a converted model's folder holds, beside the code that it loads with.
+_ENTRIES = (
+    RECORD_FILE,
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
 
 
 @dataclass
@@ -82,14 +103,18 @@ def convert_checkpoint(
         memory_adapter: safetensors file of trained memory parameters, see `load_memory_adapter`.
         card: a model card to use as README.md; `None` writes one.
         prove: measure equality with the source. Without it nothing is compared.
-        overwrite: replace `output` if it exists.
+        overwrite: replace `output` if it exists, and holds what a conversion wrote and nothing else.
 
     Raises:
         ValueError: if the source cannot be read or equalled, the card is no text, or `output` exists and is not to be
-            overwritten, or is no model folder.
+            overwritten, holds anything but a converted model, or is or holds what is read.
         OSError: if `output` cannot be written; what stood there stays.
     """
     output = Path(os.path.abspath(output))
+    staging = f"{output.name}.partial"
+    for path in (source, memory_adapter):
+        if path:
+            _check_kept(Path(path).expanduser(), output, output.with_name(staging))
     _check_replaceable(output, overwrite)
     card_text = None if card is None else read_text_file(card)
 
@@ -118,7 +143,7 @@ def convert_checkpoint(
         proof=proof,
     )
 
-    with complete_folder(output, staging=f"{output.name}.partial") as partial:
+    with complete_folder(output, staging=staging) as partial:
         model.save_pretrained(partial)
         if original.tokenizer is not None:
             # The source's limit on the length of a text no longer holds.
@@ -132,17 +157,46 @@ def convert_checkpoint(
     return record
 
 
+def _check_kept(path: Path, output: Path, staging: Path) -> None:
+    """Raises `ValueError` if writing `output` by way of `staging` would remove `path`, which is read."""
+    for place in (output, staging):
+        if path.exists() and path.resolve().is_relative_to(place.resolve()):
+            raise ValueError(
+                f"{path} is read, but writing {output} would remove it; choose an output that is neither it nor around it"
+            )
+
+
 def _check_replaceable(output: Path, overwrite: bool) -> None:
-    """Raises `ValueError` for what must not be replaced: anything unless asked for, and then only a model folder."""
+    """Raises `ValueError` for what must not be replaced: anything unless asked for, and then only a converted model."""
     if not output.exists():
         return
     if not overwrite:
         raise ValueError(f"{output} exists already; choose another folder, or overwrite it (--overwrite)")
-    is_empty = output.is_dir() and not any(output.iterdir())
-    if not is_empty and not (output / "config.json").is_file():
+    names = sorted(os.listdir(output)) if output.is_dir() else [output.name]
+    if names and RECORD_FILE not in names:
         raise ValueError(
-            f"{output} is no model folder (it holds no config.json), so it is kept; choose another folder"
+            f"{output} is no converted model (it holds no {RECORD_FILE}), so it is kept; choose another folder"
         )
+    code = _code_files(output)
+    foreign = [name for name in names if name not in code and not any(fnmatch(name, entry) for entry in _ENTRIES)]
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        raise ValueError(
+            f"{output} holds {shown}, but must hold a converted model and nothing else to be overwritten; move that "
+            "elsewhere, or choose another folder"
+        )
+
+
+def _code_files(folder: Path) -> set[str]:
+    """Names of the Python files that the model in `folder` loads with, whichever version wrote them."""
+    found: set[str] = set()
+    waiting = ["configuration_bwr_dnc", "modeling_bwr_dnc"]
+    while waiting:
+        path = folder / f"{waiting.pop()}.py"
+        if path.name not in found and path.is_file():
+            found.add(path.name)
+            waiting += get_relative_imports(path)
+    return found
 
 
 def _notices(original, lossless_length: int) -> list[str]:

@@ -34,7 +34,7 @@ def test_bad_input_is_refused(assert_refused, tiny_source, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_a_model_folder_is_overwritten(assert_refused, call, tiny_source, tmp_path):
+def test_only_a_converted_model_is_overwritten(assert_refused, call, tiny_source, tmp_path):
     (tmp_path / "novel.txt").write_text("precious")
     source = [
         "--source",
@@ -48,7 +48,8 @@ def test_only_a_model_folder_is_overwritten(assert_refused, call, tiny_source, t
         "--skip-proof",
         "--overwrite",
     ]
-    assert_refused("is no model folder", convert, *source, "--output", tmp_path)
+    assert_refused("is no converted model", convert, *source, "--output", tmp_path)
+    assert_refused("choose an output", convert, *source, "--output", tiny_source)
     assert_refused("nothing can be written", convert, *source, "--output", tmp_path / "novel.txt")
     assert (tmp_path / "novel.txt").read_text() == "precious"
     for _ in range(2):

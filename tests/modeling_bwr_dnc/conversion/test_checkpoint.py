@@ -146,18 +146,68 @@ def test_given_card_is_used(source, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
 
 
-def test_existing_output_is_replaced_only_when_asked_and_a_model(source, tmp_path):
-    precious = tmp_path / "out" / "precious.txt"
-    precious.parent.mkdir()
-    precious.write_text("mine")
+def test_existing_output_is_replaced_only_when_asked_and_a_converted_model(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "out", **BUDGET)
     with pytest.raises(ValueError, match="exists already"):
         convert_checkpoint(source, tmp_path / "out", **BUDGET)
-    with pytest.raises(ValueError, match="is no model folder"):
+    other = save_source(tmp_path / "other")
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    with pytest.raises(ValueError, match=r"is no converted model \(it holds no conversion.json\)"):
+        convert_checkpoint(source, other, **BUDGET, overwrite=True)
+    with pytest.raises(ValueError, match="is no converted model"):
+        convert_checkpoint(source, other / "config.json", **BUDGET, overwrite=True)
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+    convert_checkpoint(source, tmp_path / "out", **BUDGET | {"memory_slots": [9, 0, 0]}, overwrite=True)
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["memory_slots"] == [9, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500/optimizer.pt", "notes.txt", "measure.py", "memory.safetensors"])
+def test_what_no_conversion_wrote_is_kept(source, tmp_path, name):
+    convert_checkpoint(source, tmp_path / "out", **BUDGET, prove=False)
+    precious = tmp_path / "out" / name
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("mine")
+    with pytest.raises(ValueError, match=f"out holds {name.partition('/')[0]}, but must hold a converted model and"):
         convert_checkpoint(source, tmp_path / "out", **BUDGET, overwrite=True)
-    assert precious.exists()
-    (tmp_path / "out" / "config.json").write_text("{}")
-    convert_checkpoint(source, tmp_path / "out", **BUDGET, overwrite=True)
-    assert not precious.exists()
+    assert precious.read_text() == "mine"
+
+
+def test_all_that_a_conversion_writes_may_be_replaced(source, tmp_path):
+    """Also weights in several files, several chat templates, and modules of another version."""
+    convert_checkpoint(source, tmp_path / "out", **BUDGET, prove=False)
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "former_module.py"):
+        (tmp_path / "out" / name).touch()
+    (tmp_path / "out" / "additional_chat_templates").mkdir()
+    with (tmp_path / "out" / "modeling_bwr_dnc.py").open("a") as code:
+        code.write("\nfrom .former_module import something\n")
+    convert_checkpoint(source, tmp_path / "out", **BUDGET, prove=False, overwrite=True)
+    assert not (tmp_path / "out" / "former_module.py").exists()
+
+
+def test_what_is_read_is_never_the_output_or_in_it(source, tmp_path):
+    def everything():
+        return {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    (tmp_path / "link").symlink_to(source)
+    inner = save_source(tmp_path / "around" / "inner")
+    staged = save_source(tmp_path / "staged.partial" / "staged")
+    gguf = save_gguf(tmp_path / "around" / "tiny.gguf", random_source(CONFIGS["llama"]))
+    save_file({}, adapter := tmp_path / "around" / "memory.safetensors")
+    before = everything()
+    for read, output, options in (
+        (source, source, {}),
+        (source, tmp_path / "link", {}),
+        (tmp_path / "link", source, {}),
+        (inner, tmp_path / "around", {}),
+        (gguf, tmp_path / "around", {}),
+        (staged, tmp_path / "staged", {}),
+        (source, tmp_path / "around", {"memory_adapter": adapter}),
+    ):
+        for overwrite in (True, False):
+            with pytest.raises(ValueError, match="is read, but writing .* would remove it; choose"):
+                convert_checkpoint(read, output, **BUDGET, **options, overwrite=overwrite)
+    assert everything() == before
+    convert_checkpoint(source, source / "converted", **BUDGET, prove=False)
 
 
 def test_failed_conversion_leaves_nothing(source, tmp_path):
