@@ -211,7 +211,7 @@ def prove_equality(
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: str | None = None,
 ) -> EqualityProof:
-    """Compare all logits of both models on random tokens, and on `text` when a tokenizer is given.
+    """Compare all logits of both models on random tokens, and on `text` when a tokenizer is given that has tokens for it.
 
     The length is `config.lossless_length`, or the source's sliding window if that is shorter. A difference above the
     float32 tolerance is measured again in float64, and only that counts.
@@ -224,7 +224,8 @@ def prove_equality(
     rows = {"random tokens": torch.randint(source.config.vocab_size, (1, length), generator=generator)}
     if tokenizer is not None and text is not None:
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length]
-        rows["text"] = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
+        if ids.shape[1] > 0:
+            rows["text"] = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
 
     dtypes = source.dtype, model.dtype
     for dtype in (torch.float32, torch.float64):

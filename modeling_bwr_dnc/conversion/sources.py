@@ -119,10 +119,12 @@ def _load_exactly(name: str, **options) -> PreTrainedModel:
 
 def _load_tokenizer(name: str, **options) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, TypeError):
         # Transformers has no error of its own for a folder without a tokenizer.
         return None
+    # Nor for one of a Qwen model: its tokenizer is then one without a vocabulary.
+    return tokenizer if tokenizer("Any text, 1 2 3", add_special_tokens=False).input_ids else None
 
 
 def _repository_of_snapshot(path: Path) -> str | None:

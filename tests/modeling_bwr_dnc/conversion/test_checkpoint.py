@@ -210,6 +210,13 @@ def test_what_is_read_is_never_the_output_or_in_it(source, tmp_path):
     convert_checkpoint(source, source / "converted", **BUDGET, prove=False)
 
 
+def test_source_without_tokenizer_is_converted_and_noted(tmp_path):
+    random_source(CONFIGS["qwen2"]).save_pretrained(tmp_path / "source")
+    result = convert_checkpoint(tmp_path / "source", tmp_path / "out", **BUDGET)
+    assert result.proof.rows == ("random tokens",) and "The source has no tokenizer" in result.notices[0]
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
 def test_failed_conversion_leaves_nothing(source, tmp_path):
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.unknown.weight"] = torch.ones(1)

@@ -8,7 +8,7 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Sm
 
 from modeling_bwr_dnc.conversion import converted_config, prove_equality, transfer_weights
 from modeling_bwr_dnc.conversion.llama_family import parse_layer_types, source_window
-from tests.tiny_sources import CONFIGS, SIZES, random_source
+from tests.tiny_sources import CONFIGS, SIZES, byte_tokenizer, random_source
 
 BUDGET = {"segment_length": 8, "num_sink_tokens": 2, "memory_slots": [24, 8, 4]}
 
@@ -42,6 +42,13 @@ def test_proof_measures_the_difference_at_the_lossless_length():
     proof = prove_equality(source, model)
     assert proof.length == 40 and proof.max_difference < 1e-3 and proof.max_logit > 0.1
     assert "40 tokens" in str(proof)
+
+
+def test_text_without_tokens_is_no_part_of_the_proof():
+    source = random_source(CONFIGS["llama"])
+    model = transfer_weights(source, converted_config(source.config, **BUDGET))
+    assert prove_equality(source, model, byte_tokenizer(), "").rows == ("random tokens",)
+    assert prove_equality(source, model, byte_tokenizer(), "text").rows == ("random tokens", "text")
 
 
 def test_proof_fails_for_a_model_that_differs():

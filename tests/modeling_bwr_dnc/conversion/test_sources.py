@@ -41,6 +41,12 @@ def test_folder_in_the_cache_of_the_hub_is_its_repository(tmp_path):
     assert (source.name, source.base_model) == ("owner/tiny-model", "owner/tiny-model")
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_folder_without_tokenizer_files_has_no_tokenizer(tmp_path, name):
+    random_source(CONFIGS[name]).save_pretrained(tmp_path)
+    assert load_source(tmp_path).tokenizer is None
+
+
 def test_unknown_tensor_is_named(folder):
     change_tensors(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.gate.weight": torch.ones(2)}))
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.gate\.weight"):
