@@ -18,7 +18,7 @@ from modeling_bwr_dnc.conversion.llama_family import (
 )
 from modeling_bwr_dnc.conversion.memory_adapter import adapter_slots, load_memory_adapter
 from modeling_bwr_dnc.conversion.model_card import write_model_card
-from modeling_bwr_dnc.conversion.sources import load_source
+from modeling_bwr_dnc.conversion.sources import Source, load_source
 from modeling_bwr_dnc.memory_parameters import is_memory_parameter
 from modeling_bwr_dnc.staging import complete_folder
 from modeling_bwr_dnc.texts import python_manual, read_text_file
@@ -139,7 +139,7 @@ def convert_checkpoint(
         num_parameters=model.num_parameters(),
         num_memory_parameters=sum(memory_sizes),
         memory_adapter=adapted,
-        notices=_notices(original, config.lossless_length),
+        notices=_notices(original, proof),
         proof=proof,
     )
 
@@ -199,13 +199,14 @@ def _code_files(folder: Path) -> set[str]:
     return found
 
 
-def _notices(original, lossless_length: int) -> list[str]:
+def _notices(original: Source, proof: EqualityProof | None) -> list[str]:
     notices = []
     window = source_window(original.model.config)
     if window is not None:
+        tested = "" if proof is None else f" (tested up to {proof.length} tokens)"
         notices.append(
             f"The source sees a sliding window of {window} tokens; the converted model sees its bank as well, so beyond "
-            f"that length the two differ (tested up to {min(window, lossless_length)} tokens)."
+            f"that length the two differ{tested}."
         )
     if original.tokenizer is None:
         notices.append("The source has no tokenizer; add one to the folder before using it with text.")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from modeling_bwr_dnc.conversion import adapter_slots, convert_checkpoint, load_memory_adapter, save_memory_adapter
-from tests.tiny_sources import CONFIGS, random_source, save_gguf, save_source
+from tests.tiny_sources import CONFIGS, SIZES, random_source, save_gguf, save_source
 
 BUDGET = {"segment_length": 8, "num_sink_tokens": 2, "memory_slots": [24, 8, 4]}
 LOAD_ELSEWHERE = """
@@ -208,6 +208,14 @@ def test_what_is_read_is_never_the_output_or_in_it(source, tmp_path):
                 convert_checkpoint(read, output, **BUDGET, **options, overwrite=overwrite)
     assert everything() == before
     convert_checkpoint(source, source / "converted", **BUDGET, prove=False)
+
+
+def test_only_a_proof_says_how_far_a_sliding_window_was_tested(tmp_path):
+    source = save_source(tmp_path / "source", MistralConfig(**SIZES, sliding_window=12))
+    for prove in (True, False):
+        result = convert_checkpoint(source, tmp_path / str(prove), **BUDGET, allow_sliding_window=True, prove=prove)
+        assert "beyond that length the two differ" in result.notices[0]
+        assert ("(tested up to 12 tokens)" in result.notices[0]) == prove
 
 
 def test_source_without_tokenizer_is_converted_and_noted(tmp_path):
