@@ -21,7 +21,12 @@ PAPER = "#fbfaf7"
 
 def report_table(cache: StateBankCache, row: int = 0) -> str:
     """`cache.memory_report()` of one row as a table: a line per layer, and for each level the slots used, the mean age in
-    tokens, the mean usage and the mean salience."""
+    tokens, the mean usage and the mean salience.
+
+    Raises:
+        ValueError: if the memory has no slots, or holds nothing in them yet.
+    """
+    _held_slots(cache, row)
     report = [entry for entry in cache.memory_report() if entry["row"] == row]
     header = ["layer"]
     for name in LEVEL_NAMES:
@@ -43,7 +48,7 @@ def draw_memory(cache: StateBankCache, path: str | Path, row: int = 0) -> None:
     how many there are, how old, how used and how salient.
 
     Raises:
-        ValueError: if the memory holds no slots yet.
+        ValueError: if the memory has no slots, or holds nothing in them yet.
     """
     from matplotlib.figure import Figure
 
@@ -86,7 +91,7 @@ def draw_held_text(cache: StateBankCache, tokenizer: PreTrainedTokenizerBase, pa
     its share; dots stand for tokens that no slot holds.
 
     Raises:
-        ValueError: if the memory holds no slots yet.
+        ValueError: if the memory has no slots, or holds nothing in them yet.
     """
     from matplotlib.figure import Figure
 
@@ -121,10 +126,16 @@ def draw_held_text(cache: StateBankCache, tokenizer: PreTrainedTokenizerBase, pa
 def _held_slots(cache: StateBankCache, row: int) -> list[dict]:
     if not 0 <= row < len(cache.rows):
         raise ValueError(f"the memory has {len(cache.rows)} rows; there is no row {row}")
+    if not any(any(state.settings.memory_slots) for state in cache.states):
+        raise ValueError(
+            "the memory has no slots, only sinks and a window, so there is nothing to look into; read with `memory_slots` "
+            "above 0 in a layer with a bank"
+        )
     held = cache.tokens(row)
     if not held:
         raise ValueError(
-            f"the memory holds no slots: it has read {cache.rows[row].seen} tokens, which are all still in its window"
+            f"the memory holds nothing in its slots yet: all {cache.rows[row].seen} tokens that it has read are still in its "
+            "sinks or its window; read a longer text"
         )
     return held
 

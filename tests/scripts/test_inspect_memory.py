@@ -37,4 +37,6 @@ def test_bad_input_is_refused(assert_refused, call, tiny_model, state, tmp_path)
     assert_refused("nothing can be written", inspect_memory, *model, "--state", state, "--output", __file__)
     assert_refused("no row 4", inspect_memory, *model, "--state", state, "--output", tmp_path, "--row", 4)
     call(generate, *model, "--prompt", "short", "--max-new-tokens", 1, "--state", tmp_path / "short")
-    assert_refused("holds no slots", inspect_memory, *model, "--state", tmp_path / "short", "--output", tmp_path)
+    short = ["--state", tmp_path / "short", "--output", tmp_path]
+    assert_refused("holds nothing in its slots yet", inspect_memory, *model, *short)
+    assert call(inspect_memory, *model, *short)[1] == ""

@@ -80,13 +80,32 @@ def test_text_is_cut_at_line_breaks_and_at_the_width():
     assert inspection._wrap("ab\ncdef\t", 3) == ["ab", "\n", "cde", "f  ", "  "]
 
 
-def test_memory_without_slots_has_no_picture(model, tmp_path):
+def views(cache, folder, row=0):
+    yield lambda: inspection.report_table(cache, row)
+    yield lambda: inspection.draw_memory(cache, folder / "memory.png", row)
+    yield lambda: inspection.draw_held_text(cache, byte_tokenizer(), folder / "held_text.png", row)
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "reason"),
+    [
+        ({}, 10, "holds nothing in its slots yet: all 10 tokens .* a longer text"),
+        ({"memory_slots": [0, 0, 0]}, 200, "has no slots, only sinks and a window, .* `memory_slots` above 0"),
+        ({"layer_types": "window"}, 200, "has no slots, only sinks and a window, .* a layer with a bank"),
+    ],
+)
+def test_memory_without_slots_has_no_table_and_no_picture(tmp_path, settings, length, reason):
+    source = random_source(CONFIGS["llama"])
+    budget = {"segment_length": 8, "num_sink_tokens": 2, "memory_slots": [16, 8, 4]}
+    model = transfer_weights(source, converted_config(source.config, **budget | settings))
     cache = StateBankCache(config=model.config)
-    read_tokens(model, torch.randint(257, (1, 10)), cache)
-    with pytest.raises(ValueError, match="holds no slots"):
-        inspection.draw_memory(cache, tmp_path / "memory.png")
+    read_tokens(model, torch.randint(257, (1, length)), cache)
+    for view in views(cache, tmp_path):
+        with pytest.raises(ValueError, match=reason):
+            view()
 
 
 def test_row_that_does_not_exist_is_refused(cache, tmp_path):
-    with pytest.raises(ValueError, match="no row 3"):
-        inspection.draw_memory(cache, tmp_path / "memory.png", row=3)
+    for view in views(cache, tmp_path, row=3):
+        with pytest.raises(ValueError, match="no row 3"):
+            view()
