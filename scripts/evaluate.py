@@ -242,18 +242,8 @@ def chosen_task(arguments: argparse.Namespace, model: BwrDncForCausalLM) -> Task
 
 
 def task_from(name: str, options: list[str], known: dict) -> Task:
-    """A task by its name, from options KEY=VALUE and `known` ones. Raises `ValueError` for an option it does not have."""
-    known = dict(known)
-    fields = sorted(field.name for field in dataclasses.fields(TASKS[name]))
-    for item in options:
-        key, value = key_and_value(item)
-        if key not in fields:
-            raise ValueError(f"the task {name!r} has no setting {key!r}; it has {', '.join(fields)}")
-        known[key] = value
-    try:
-        return TASKS[name](**known)
-    except TypeError as error:
-        raise ValueError(f"the settings of the task {name!r} do not fit: {error}") from None
+    """A task by its name, from options KEY=VALUE and `known` ones. Raises `ValueError` for those that do not fit it."""
+    return TASKS[name].from_settings(known | dict(map(key_and_value, options)))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ Shapes: `T` tokens of a row.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
 
 import numpy as np
 from datasets import IterableDataset
 
+from ..field_types import check_types
 from ..token_loss import IGNORED
 
 
@@ -40,6 +41,21 @@ class Task(ABC):
 
     length: int = 256
     seed: int = 0
+
+    @classmethod
+    def from_settings(cls, settings: dict, **others) -> Self:
+        """
+        The task of settings that a person wrote; `others` are arguments that nobody can write, such as a tokenizer.
+
+        Raises:
+            ValueError: also for a setting that it does not have, or a value of another type.
+        """
+        known = sorted(item.name for item in fields(cls) if item.name != "tokenizer")
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"the task {cls.name!r} has no setting {name!r}; it has {', '.join(known)}")
+        check_types(settings, cls, f"the task {cls.name!r}")
+        return cls(**settings, **others)
 
     @abstractmethod
     def compose(self, random: np.random.Generator) -> tuple[list[int], list[int]]:

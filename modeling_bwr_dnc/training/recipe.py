@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import get_args, get_type_hints
 
 import yaml
 
+from ..field_types import check_types
 from ..texts import read_text_file
 from .arguments import BwrDncTrainingArguments
 from .data import DataSource
@@ -78,8 +78,9 @@ class Recipe:
         if not isinstance(self.data, DataRecipe):
             self.data = _build(DataRecipe, self.data, "data")
         check_keys(self.training, BwrDncTrainingArguments, "training")
-        # The library takes several types for its other arguments, whatever their hints say.
-        check_types(self.training, BwrDncTrainingArguments, "training", (int, float, bool, NoneType))
+        # The library takes several types for its other arguments, whatever their hints say, and null for any.
+        given = {name: value for name, value in self.training.items() if value is not None}
+        check_types(given, BwrDncTrainingArguments, "training", (int, float, bool, NoneType))
         for name, known in (("method", METHODS), ("quantization", QUANTIZATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
@@ -162,8 +163,8 @@ def _build(kind, description, where: str):
     if not isinstance(description, dict):
         raise ValueError(f"`{where}` is {description!r}, but must be a mapping")
     check_keys(description, kind, where)
-    check_types(description, kind, where, WORDS)
     values = {name: value for name, value in description.items() if value is not None}
+    check_types(values, kind, where)
     for item in fields(kind):
         if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise ValueError(f"{where} does not say what `{item.name}` is; set it there, or as {item.name}=VALUE")
@@ -181,29 +182,6 @@ def check_keys(description: dict, kind, where: str) -> None:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known[:20])}"
             raise ValueError(f"{where} has the unknown key {name!r}; {hint}")
-
-
-WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    dict: "a mapping",
-    NoneType: "null",
-}
-
-
-def check_types(description: dict, kind, where: str, types: Iterable[type]) -> None:
-    """Raises `ValueError` for values that do not fit their type in `kind`, as far as that is made of `types`."""
-    hints = get_type_hints(kind)
-    for name, value in description.items():
-        allowed = get_args(hints[name]) or (hints[name],)
-        if value is None or not set(allowed) <= set(types):
-            continue
-        is_number = float in allowed and type(value) is int
-        if type(value) not in allowed and not is_number:
-            rule = " or ".join(WORDS[each] for each in allowed)
-            raise ValueError(f"`{name}` of {where} is {value!r}, but must be {rule}")
 
 
 def _as_list(value) -> list:

@@ -377,10 +377,7 @@ class GeneratedTasks:
             raise ValueError(f"there is no task {source.task!r}; known are {', '.join(sorted([*TASKS, CURRICULUM]))}")
         kind = TASKS[source.task]
         reads_text = any(field.name == "tokenizer" for field in fields(kind))
-        try:
-            task = kind(**({"tokenizer": self.tokenizer} if reads_text else {}) | source.options)
-        except TypeError as error:
-            raise ValueError(f"`options` of the task {source.task!r} do not fit: {error}") from None
+        task = kind.from_settings(source.options, **({"tokenizer": self.tokenizer} if reads_text else {}))
         self._require_known_ids(task, source.task)
         return task
 

@@ -92,5 +92,6 @@ def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     assert_refused("--slots is -1", evaluate, *arguments, "--slots", 8, -1)
     assert_refused("nothing can be written", evaluate, "--model", tiny_model, "--output", document)
     lookup = ["--measures", "accuracy", "--task", "lookup"]
-    assert_refused("do not fit", evaluate, *arguments, *lookup, "--option", "num_pairs=many")
+    many = "`num_pairs` of the task 'lookup' is 'many', but must be a whole number"
+    assert_refused(many, evaluate, *arguments, *lookup, "--option", "num_pairs=many")
     assert_refused("no model folder at", evaluate, "--model", tmp_path / "nowhere", "--output", tmp_path, *lookup)

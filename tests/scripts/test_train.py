@@ -240,6 +240,10 @@ def test_a_curriculum_follows_a_model_with_adapters(call, recipe, tiny_model, tm
         (["data.sources=missing.txt"], "no file or folder missing.txt"),
         (["data.sources=[]"], "`data.sources` is empty"),
         (["data.sources=[{task: nonsense}]"], "no task 'nonsense'"),
+        (
+            ["data.sources=[{task: lookup, options: {num_pairs: many}}]"],
+            "`num_pairs` of the task 'lookup' is 'many', but must be",
+        ),
         (["data.sources=[{task: mqar}]"], "uses 8192 token ids, but the model has 260"),
         (["data.sources=[{task: curriculum, options: {vocab_size: 300}}]"], "uses 300 token ids"),
         (["method=lora"], "use scripts.finetune"),

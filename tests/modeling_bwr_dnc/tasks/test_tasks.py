@@ -196,3 +196,18 @@ def test_story_of_known_sentences():
 def test_what_cannot_be_is_refused(make, named):
     with pytest.raises(ValueError, match=f"`{named}` is .* must"):
         make()
+
+
+def test_settings_that_a_person_wrote_are_compared_with_their_types():
+    assert Needle.from_settings({"depth": 1, "symbols_per_kind": None}) == Needle(depth=1)
+    for settings, named in (
+        ({"num_pairs": "abc"}, "`num_pairs` of the task 'lookup' is 'abc', but must be a whole number"),
+        ({"num_pairs": 8.0}, "`num_pairs` of the task 'lookup' is 8.0, but must be a whole number"),
+        ({"num_pairs": None}, "`num_pairs` of the task 'lookup' is None, but must be a whole number"),
+        ({"symbols_per_kind": [4]}, "is .4., but must be a whole number or null"),
+        ({"pairs": 8}, "the task 'lookup' has no setting 'pairs'; it has length, num_pairs, "),
+    ):
+        with pytest.raises(ValueError, match=named):
+            Lookup.from_settings(settings)
+    with pytest.raises(ValueError, match="has no setting 'tokenizer'"):
+        Passkey.from_settings({"tokenizer": "gpt2"})
