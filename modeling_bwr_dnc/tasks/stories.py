@@ -107,6 +107,10 @@ class Story(Task):
             f"be more than {FIRST_NOISE + 1}, words and noise",
         )
         require(self.hops in (1, 2, 3), "hops", self.hops, "be 1, 2 or 3")
+        self.require_length(
+            4 * self.hops + self.num_queries * self._question_length,
+            f"{self.hops} sentences and {self.num_queries} questions",
+        )
         room, count = (self.length - self.num_queries * self._question_length) // 4, self._num_facts
         require(
             self.hops <= count <= room,

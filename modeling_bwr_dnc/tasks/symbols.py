@@ -12,6 +12,7 @@ from .task import (
     BEGIN,
     BLANK,
     COPY,
+    FIRST_SYMBOL,
     HOP2,
     HOP3,
     SymbolTask,
@@ -40,6 +41,7 @@ class Copy(SymbolTask):
 
     def __post_init__(self):
         super().__post_init__()
+        self.require_length(4, "a symbol and its copy")
         most = (self.length - 2) // 2
         count = most if self.num_symbols is None else self.num_symbols
         require(1 <= count <= most, "num_symbols", count, f"be from 1 to {most} in a row of {self.length} tokens")
@@ -76,6 +78,7 @@ class SelectiveCopy(SymbolTask):
 
     def __post_init__(self):
         super().__post_init__()
+        self.require_length(3, "a symbol and its mark")
         most = (self.length - 1) // 2
         require(
             1 <= self.num_symbols <= most, "num_symbols", self.num_symbols, f"be from 1 to {most}; or use longer rows"
@@ -114,6 +117,12 @@ class Infill(SymbolTask):
     def __post_init__(self):
         super().__post_init__()
         passage, hole = self._lengths()
+        require(
+            passage >= 3,
+            "passage_length",
+            passage,
+            "be at least 3; by default it is a quarter of the row: use longer rows",
+        )
         require(1 <= hole <= passage - 2, "hole_length", hole, f"be from 1 to {passage - 2}, inside the passage")
         require(
             2 * passage + 4 <= self.length,
@@ -162,6 +171,7 @@ class Lookup(SymbolTask):
 
     def __post_init__(self):
         super().__post_init__()
+        self.require_length(3 * self.num_queries + 2, f"{self.num_queries} questions and a pair")
         most = min((self.length - 3 * self.num_queries) // 2, len(self.symbols("k")))
         require(
             1 <= self.num_pairs <= most,
@@ -214,6 +224,10 @@ class Recall(SymbolTask):
     def __post_init__(self):
         super().__post_init__()
         require(self.hops in (1, 2, 3), "hops", self.hops, "be 1, 2 or 3")
+        used, least = self.symbols_per_kind, FIRST_SYMBOL + len(self.kinds) * (self.hops + 1)
+        require(used is None or used > self.hops, "symbols_per_kind", used, f"be more than hops ({self.hops})")
+        require(self.vocab_size >= least, "vocab_size", self.vocab_size, f"be at least {least} for {self.hops} hops")
+        self.require_length(3 * self.num_queries + 2 * self.hops, f"{self.num_queries} questions and a chain")
         room = (self.length - 3 * self.num_queries) // (2 * self.hops)
         most = min(room, len(self.symbols("a")) // (self.hops + 1))
         require(
@@ -276,6 +290,7 @@ class Mqar(SymbolTask):
     power: float = 0.01
 
     def __post_init__(self):
+        self.require_length(4, "a pair and the key again")
         require(self.length % 2 == 0, "length", self.length, "be even")
         require(
             self.vocab_size > self.length, "vocab_size", self.vocab_size, f"be larger than the length ({self.length})"
@@ -332,6 +347,7 @@ class Needle(SymbolTask):
         super().__post_init__()
         check_depth(self.depth)
         require(self.needle_length >= 1, "needle_length", self.needle_length, "be at least 1")
+        self.require_length(4 + 2 * self.needle_length, "a needle and the question for it")
         room = (self.length - 2 - self.needle_length) // (2 + self.needle_length)
         most = min(room, len(self.symbols("k")))
         require(

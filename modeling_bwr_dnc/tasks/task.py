@@ -57,6 +57,10 @@ class Task(ABC):
         check_types(settings, cls, f"the task {cls.name!r}")
         return cls(**settings, **others)
 
+    def require_length(self, least: int, what: str) -> None:
+        """Raises `ValueError` if a row is too short for the least that it must hold."""
+        require(self.length >= least, "length", self.length, f"be at least {least}, for {what}")
+
     @abstractmethod
     def compose(self, random: np.random.Generator) -> tuple[list[int], list[int]]:
         """Token ids and labels, `T` of each. The label of a token is what the logits before it should predict, or -100."""

@@ -83,12 +83,7 @@ class TextTask(Task):
         opening, question, answer = map(self.encode, (written.opening, written.question, written.answer))
         facts = [self.encode(fact) for fact in written.facts]
         room = self.length - len(opening) - len(question) - len(answer) - sum(map(len, facts))
-        require(
-            room >= 0,
-            "length",
-            self.length,
-            f"be at least {self.length - room} for this row of the task {self.name!r}",
-        )
+        self.require_length(self.length - room, f"this row of the task {self.name!r}")
         depths = random.random(len(facts))
         if self.depth is not None:
             depths[0] = self.depth

@@ -94,4 +94,5 @@ def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     lookup = ["--measures", "accuracy", "--task", "lookup"]
     many = "`num_pairs` of the task 'lookup' is 'many', but must be a whole number"
     assert_refused(many, evaluate, *arguments, *lookup, "--option", "num_pairs=many")
+    assert_refused("`length` is 14, but must be at least 26", evaluate, *arguments, *lookup, "--lengths", 14)
     assert_refused("no model folder at", evaluate, "--model", tmp_path / "nowhere", "--output", tmp_path, *lookup)

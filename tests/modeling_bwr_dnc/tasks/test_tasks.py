@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import importlib
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from modeling_bwr_dnc.tasks import (
     IGNORED,
     TASKS,
     Copy,
+    Infill,
     Lookup,
     Mqar,
     Needle,
@@ -196,6 +198,39 @@ def test_story_of_known_sentences():
 def test_what_cannot_be_is_refused(make, named):
     with pytest.raises(ValueError, match=f"`{named}` is .* must"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Copy, {}),
+        (SelectiveCopy, {}),
+        (Infill, {}),
+        (Infill, {"passage_length": 2}),
+        (Lookup, {}),
+        (Lookup, {"num_pairs": 1, "num_queries": 1}),
+        *((Recall, {"hops": hops, "symbols_per_kind": symbols}) for hops in (1, 2, 3) for symbols in (None, 2)),
+        (Recall, {"hops": 3, "vocab_size": 14}),
+        (Mqar, {}),
+        (Needle, {}),
+        *((Story, {"hops": hops}) for hops in (1, 2, 3)),
+    ],
+)
+def test_a_row_too_short_for_anything_is_said_to_be_so(kind, settings):
+    """A rule never asks for a number from a range that is empty, and the length it asks for is long enough."""
+    enough = -10
+    for length in range(-10, 60):
+        try:
+            kind(length=length, **settings)
+        except ValueError as error:
+            message = str(error)
+            least, most = re.search(r"from (\d+) to (-?\d+)", message + " from 1 to 1").groups()
+            assert int(least) <= int(most), message
+            if asked := re.match(r"`length` is .* must be at least (\d+),", message):
+                assert length < int(asked[1])
+                enough = int(asked[1])
+            else:
+                assert length >= enough, message
 
 
 def test_settings_that_a_person_wrote_are_compared_with_their_types():
