@@ -49,6 +49,15 @@ def complete_folder(
     wait()
 
 
+def check_kept(path: Path, folder: Path, staging: str = STAGING) -> None:
+    """Raises `ValueError` if `complete_folder(folder, staging=staging)` would remove `path`, which is read."""
+    for place in (folder, folder.parent / staging):
+        if path.exists() and path.resolve().is_relative_to(place.resolve()):
+            raise ValueError(
+                f"{path} is read, but writing {folder} would remove it; choose an output that is neither it nor around it"
+            )
+
+
 def write_text(path: Path, text: str) -> None:
     """Either `path` holds the whole text afterwards, or what it held before."""
     partial = path.with_name(f"{path.name}.partial")

@@ -20,7 +20,7 @@ from modeling_bwr_dnc.conversion.memory_adapter import adapter_slots, load_memor
 from modeling_bwr_dnc.conversion.model_card import write_model_card
 from modeling_bwr_dnc.conversion.sources import Source, load_source
 from modeling_bwr_dnc.memory_parameters import is_memory_parameter
-from modeling_bwr_dnc.staging import complete_folder
+from modeling_bwr_dnc.staging import check_kept, complete_folder
 from modeling_bwr_dnc.texts import python_manual, read_text_file
 
 RECORD_FILE = "conversion.json"
@@ -114,7 +114,7 @@ def convert_checkpoint(
     staging = f"{output.name}.partial"
     for path in (source, memory_adapter):
         if path:
-            _check_kept(Path(path).expanduser(), output, output.with_name(staging))
+            check_kept(Path(path).expanduser(), output, staging)
     _check_replaceable(output, overwrite)
     card_text = None if card is None else read_text_file(card)
 
@@ -155,15 +155,6 @@ def convert_checkpoint(
         else:
             write_model_card(partial / "README.md", original, record)
     return record
-
-
-def _check_kept(path: Path, output: Path, staging: Path) -> None:
-    """Raises `ValueError` if writing `output` by way of `staging` would remove `path`, which is read."""
-    for place in (output, staging):
-        if path.exists() and path.resolve().is_relative_to(place.resolve()):
-            raise ValueError(
-                f"{path} is read, but writing {output} would remove it; choose an output that is neither it nor around it"
-            )
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ from ..memory_parameters import is_memory_parameter
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..peft_defaults import MEMORY_MODULES, NOT_QUANTIZED
 from ..presets import list_presets, preset_path, tokenizer_path
-from ..staging import complete_folder
+from ..staging import check_kept, complete_folder
 from ..tasks import PHASES, TASKS, Curriculum, Task
 from .arguments import BwrDncTrainingArguments
 from .curriculum_callback import CurriculumCallback
@@ -73,6 +73,8 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
     if recipe.model not in list_presets():
         _require_folder_or_hub_name(recipe.model)
     arguments = training_arguments(recipe)
+    if not recipe.uses_adapter or recipe.merge:
+        check_kept(Path(recipe.model), Path(arguments.output_dir) / "model")
     checkpoint = find_checkpoint(Path(arguments.output_dir), resume)
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe)

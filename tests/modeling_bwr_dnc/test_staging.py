@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_bwr_dnc.staging import complete_folder, write_text
+from modeling_bwr_dnc.staging import check_kept, complete_folder, write_text
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("disk full"), RuntimeError("unexpected pos 5 vs 7")])
@@ -15,6 +15,17 @@ def test_an_unfinished_folder_leaves_the_one_before(tmp_path, stop):
             raise stop
     assert (tmp_path / "model" / "weights").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_folder_would_replace_is_known(tmp_path):
+    (tmp_path / "model" / "part").mkdir(parents=True)
+    (tmp_path / ".incomplete" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for read in ("model", "model/part", "link", ".incomplete/model"):
+        with pytest.raises(ValueError, match=f"{read} is read, but writing .*model would remove it; choose"):
+            check_kept(tmp_path / read, tmp_path / "model")
+    check_kept(tmp_path / "model", tmp_path / "model" / "part")
+    check_kept(tmp_path / "missing", tmp_path)
 
 
 def test_an_unfinished_file_leaves_the_one_before(tmp_path):

@@ -152,6 +152,14 @@ def test_lora_on_a_converted_model_lowers_its_held_out_loss(call, recipe, tiny_m
         torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_a_model_is_not_replaced_by_what_is_trained_from_it(assert_refused, recipe, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "run" / "model")
+    for method in ("full", "memory", "lora"):
+        settings = (f"method={method}", f"merge={str(method == 'lora').lower()}", f"model={model}")
+        assert_refused("would remove it; choose an output", finetune, "--config", recipe, *settings)
+    assert {path.name for path in model.iterdir()} == {path.name for path in tiny_model.iterdir()}
+
+
 def test_the_memory_alone_can_be_trained(call, recipe, tiny_model, tmp_path):
     code, output, errors = call(
         finetune, "--config", recipe, "method=memory", f"model={tiny_model}", "training.max_steps=2"
