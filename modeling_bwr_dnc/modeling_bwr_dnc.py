@@ -708,6 +708,7 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
         use_memory: bool | None = None,
         read_block_length: int | None = None,
         skip_logits: bool = False,
+        new_tokens_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -719,6 +720,8 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             read_block_length: without gradients, and with `logits_to_keep` > 0, a longer input is read in blocks of so many
                 tokens, in memory that does not grow with its length.
             skip_logits: with `labels`, leave `logits` of the output None: only those of a few hundred tokens exist at a time.
+            new_tokens_mask [B, T]: `attention_mask` of these tokens alone, and in its place; from `generate`, since wrappers such
+                as PEFT's prompt tuning take any `attention_mask` for that of the whole history, and put their own part before.
         """
         if skip_logits and labels is None:
             raise ValueError("`skip_logits` leaves only the loss, which needs `labels`; pass them, or leave it False.")
@@ -729,6 +732,14 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             "inputs_embeds": inputs_embeds,
         }
         num_tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        if new_tokens_mask is not None:
+            if new_tokens_mask.shape[1] != num_tokens:
+                raise ValueError(
+                    f"`generate` prepared {new_tokens_mask.shape[1]} new tokens, but the model got {num_tokens}: PEFT's prompt tuning passes "
+                    "on only the last one when a memory is continued. Read the others before, with "
+                    "`model.get_base_model()(ids[:, :-1], past_key_values=cache)`, and generate from `ids[:, -1:]`."
+                )
+            inputs["attention_mask"] = new_tokens_mask
         block_length = read_block_length or READ_BLOCK_LENGTH
         only_last = isinstance(logits_to_keep, int) and logits_to_keep > 0
         shows_all = any(
@@ -858,10 +869,9 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         inputs.pop("position_ids", None)
-        mask = inputs.get("attention_mask")
-        if mask is not None and is_continued and not inputs.get("output_attentions"):
+        if is_continued and "attention_mask" in inputs and not inputs.get("output_attentions"):
             fed = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            inputs["attention_mask"] = mask[:, -fed.shape[1] :]
+            inputs["new_tokens_mask"] = inputs.pop("attention_mask")[:, -fed.shape[1] :]
         return inputs
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -891,7 +901,7 @@ def _kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Ten
 
 def _new_tokens(
     cache: StateBankCache, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The part of `input_ids` [B, T] that each row has not read, and its mask.
 
@@ -918,7 +928,7 @@ def _new_tokens(
         )
     first = int(real.any(0).int().argmax())
     input_ids, real = input_ids[:, first:], real[:, first:]
-    return input_ids, None if bool(real.all()) else real.long()
+    return input_ids, real.long()
 
 
 class BwrDncForSequenceClassification(GenericForSequenceClassification, BwrDncPreTrainedModel):

@@ -20,7 +20,7 @@ from modeling_bwr_dnc import (
     BwrDncForTokenClassification,
     StateBankCache,
 )
-from tests.modeling_bwr_dnc.builders import overflowing_length, tiny_config, tiny_model, token_ids
+from tests.modeling_bwr_dnc.builders import assert_same_bank, overflowing_length, tiny_config, tiny_model, token_ids
 from tests.modeling_bwr_dnc.test_state_bank import read, small_model
 
 SURFACE = Path(modeling_bwr_dnc.__file__).with_name("modeling_bwr_dnc.py")
@@ -329,6 +329,48 @@ def test_lora_needs_no_target_names_and_leaves_the_memory_alone(model):
     with torch.no_grad():
         logits = adapted(ids).logits
         torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_learned_prompts_generate_in_padded_batches_what_each_row_gets_alone(kind):
+    peft = pytest.importorskip("peft")
+    model = tiny_model(tiny_config(pad_token_id=0), seed=1)
+    adapted = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    ids = torch.cat((token_ids(30, 1), token_ids(30, 2)))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    # One row finishes long before the other.
+    free = adapted.generate(input_ids=ids, attention_mask=mask, **settings).sequences[:, 30:].tolist()
+    end = next(token for token in free[0] if token not in free[1])
+    settings["eos_token_id"] = end
+    batched = adapted.generate(input_ids=ids, attention_mask=mask, **settings)
+    uncached = adapted.generate(input_ids=ids, attention_mask=mask, use_cache=False, **settings)
+    assert torch.equal(batched.sequences, uncached.sequences)
+    for row, start in enumerate((7, 0)):
+        given = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
+        for inputs in (given, {name: value[:, start:] for name, value in given.items()}):
+            alone = adapted.generate(**inputs, **settings)
+            new = alone.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+            assert batched.sequences[row, 30 : 30 + len(new)].tolist() == new
+        assert_same_bank(batched.past_key_values, alone.past_key_values, first_row=row)
+
+
+def test_a_memory_behind_a_learned_prompt_goes_on_by_one_token_or_says_how():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    adapted = peft.get_peft_model(tiny_model(tiny_config()), config).eval()
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    ids = token_ids(30)
+    expected = adapted.generate(input_ids=ids, **settings)
+    cache = adapted.generate(input_ids=ids[:, :20], **settings | {"max_new_tokens": 1}).past_key_values
+    # PEFT itself leaves out all new tokens but the last.
+    with pytest.raises(ValueError, match="past_key_values=cache"):
+        adapted.generate(input_ids=ids[:, 20:], past_key_values=cache, **settings)
+    with torch.no_grad():
+        adapted.get_base_model()(ids[:, 20:-1], past_key_values=cache)
+    rest = adapted.generate(input_ids=ids[:, -1:], past_key_values=cache, **settings)
+    assert rest.sequences[0, 1:].tolist() == expected.sequences[0, 30:].tolist()
 
 
 def test_copies_of_the_code_in_one_process_read_each_others_memories(model, tmp_path, monkeypatch):
