@@ -731,7 +731,9 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        num_tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        tokens = inputs_embeds if input_ids is None else input_ids
+        # Without any, the decoder says what is missing.
+        num_tokens = 0 if tokens is None else tokens.shape[1]
         if new_tokens_mask is not None:
             if new_tokens_mask.shape[1] != num_tokens:
                 raise ValueError(

@@ -139,6 +139,14 @@ def test_rows_that_do_not_match_the_cache_are_refused(model):
         model(torch.ones(2, 3, dtype=torch.int64), past_key_values=read(model))
 
 
+def test_neither_ids_nor_embeddings_or_both_is_refused(model):
+    ids = torch.tensor([[1, 2, 3]])
+    for given in ({}, {"input_ids": ids, "inputs_embeds": model.get_input_embeddings()(ids)}):
+        for part in (model.model, model):
+            with pytest.raises(ValueError, match="exactly one"):
+                part(**given)
+
+
 def test_continuing_without_a_new_token_is_refused(model):
     ids = torch.randint(0, 50, (1, 12))
     with torch.no_grad():
