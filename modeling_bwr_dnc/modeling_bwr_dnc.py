@@ -16,6 +16,7 @@ Shapes: `B` rows, `T` tokens of this call, `H` query heads, `G` key/value heads,
 """
 
 import copy
+import functools
 from dataclasses import replace
 
 import torch
@@ -591,13 +592,15 @@ class BwrDncModel(BwrDncPreTrainedModel):
             num_columns=layout.num_columns,
         )
         hidden_states = inputs_embeds
-        for index, decoder_layer in enumerate(self.layers):
+        # Fewer than there are while `generate` drafts with the first layers (`assistant_early_exit`).
+        decoder_layers = list(self.layers)[: self.config.num_hidden_layers]
+        for index, decoder_layer in enumerate(decoder_layers):
             cache_layer = None if cache is None else cache.layers[index]
             state = None if cache_layer is None else cache_layer.state
             if state is not None and (is_checkpointing or not call.keeps_state):
                 # The layer may run twice, or must leave no trace.
                 state = state.map(torch.Tensor.clone)
-            num_kept = hidden_states_to_keep if decoder_layer is self.layers[-1] else None
+            num_kept = hidden_states_to_keep if decoder_layer is decoder_layers[-1] else None
             hidden_states, state = decoder_layer(
                 hidden_states, call=call, state=state, layer=cache_layer, num_kept=num_kept
             )
@@ -819,10 +822,33 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
                 f"`cache_implementation` is {generation_config.cache_implementation!r}, but the memory of a BWR-DNC model is its own "
                 "cache, of constant size; leave it unset."
             )
+        exit_layer, num_layers = generation_config.assistant_early_exit, self.config.num_hidden_layers
+        if exit_layer is not None and not 1 <= exit_layer <= num_layers:
+            raise ValueError(
+                f"`assistant_early_exit` is {exit_layer}, but must be the number of layers that draft, from 1 to {num_layers}."
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             # Rows that have finished are fed padding until all have; it must not enter their memory.
             generation_config._finished_rows = model_kwargs["finished_rows"] = FinishedRows()
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        # Of a longer draft the memory could not take back what is rejected.
+        for name in ("num_assistant_tokens", "num_output_tokens"):
+            if hasattr(generator, name):
+                setattr(generator, name, min(getattr(generator, name), self.config.segment_length))
+        return generator
+
+    # The library looks at the names of its parameters.
+    @functools.wraps(GenerationMixin._assisted_decoding)
+    def _assisted_decoding(self, *args, **kwargs):
+        num_layers = self.config.num_hidden_layers
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            # An early exit lowers it for every draft, and what interrupts a draft would leave it so.
+            self.config.num_hidden_layers = num_layers
 
     def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)

@@ -704,10 +704,11 @@ def _forget_span(state: BankState, start: int, end: int, row: int | None) -> Ban
 
 def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
     """Raise `ValueError`, naming what differs, unless a model of this `config` can continue `cache`."""
-    kinds = [layer._layer_type for layer in cache.layers]
-    if kinds != list(config.layer_types):
+    kinds = [layer._layer_type for layer in cache.layers if layer.state is not None]
+    wanted_kinds = list(config.layer_types[: config.num_hidden_layers])
+    if kinds != wanted_kinds:
         raise ValueError(
-            f"The state has layers {kinds}, but the model has {config.layer_types}; use the model that made it."
+            f"The state has layers {kinds}, but the model has {wanted_kinds}; use the model that made it."
         )
     wanted: dict = {}
     for index, state in enumerate(cache.states):

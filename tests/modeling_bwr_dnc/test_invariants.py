@@ -683,8 +683,13 @@ def test_every_way_of_decoding_gives_the_greedy_tokens_over_a_full_bank(seed):
         "dynamic cache": {"cache_implementation": "dynamic"},
         "chunked prefill": {"prefill_chunk_size": 7},
         "prompt lookup": {"prompt_lookup_num_tokens": 3},
-        "assistant": {"assistant_model": assistant, "num_assistant_tokens": 3},
+        "long prompt lookup": {"prompt_lookup_num_tokens": 9},
+        "assistant": {"assistant_model": assistant},
+        "early exit": {"assistant_early_exit": 1},
     }
+    # The library asks the drafting model, not the call, for how long a draft is; these are longer than a segment.
+    for drafting in (model, assistant):
+        drafting.generation_config.update(num_assistant_tokens=7, assistant_confidence_threshold=0.0)
     for name, way in ways.items():
         output = model.generate(prompt, **settings, **way)
         assert output.sequences.tolist() == expected.sequences.tolist(), name

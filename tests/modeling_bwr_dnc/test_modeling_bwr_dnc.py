@@ -139,6 +139,26 @@ def test_rows_that_do_not_match_the_cache_are_refused(model):
         model(torch.ones(2, 3, dtype=torch.int64), past_key_values=read(model))
 
 
+@pytest.mark.parametrize("exit_layer", [0, -1, 3])
+def test_an_early_exit_before_or_behind_the_layers_is_refused(model, exit_layer):
+    with pytest.raises(ValueError, match="assistant_early_exit"):
+        model.generate(torch.tensor([[1, 2, 3]]), assistant_early_exit=exit_layer, max_new_tokens=2)
+    assert model.config.num_hidden_layers == 2
+
+
+def test_an_interrupted_draft_leaves_all_layers():
+    model = tiny_model(tiny_config())
+
+    def interrupt(*_):
+        if model.config.num_hidden_layers == 1:
+            raise KeyboardInterrupt
+
+    model.model.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(token_ids(12), assistant_early_exit=1, max_new_tokens=4)
+    assert model.config.num_hidden_layers == 2
+
+
 def test_neither_ids_nor_embeddings_or_both_is_refused(model):
     ids = torch.tensor([[1, 2, 3]])
     for given in ({}, {"input_ids": ids, "inputs_embeds": model.get_input_embeddings()(ids)}):
