@@ -56,6 +56,11 @@ def generate(arguments: argparse.Namespace) -> None:
     # A folder is left empty when its first memory could not be saved.
     is_first = arguments.state is None or not Path(arguments.state).exists() or not os.listdir(arguments.state)
     cache = StateBankCache(config=model.config) if is_first else load_state(arguments.state, model)
+    if arguments.no_memory and any(any(state.settings.memory_slots) for state in cache.states):
+        raise ValueError(
+            f"the memory at {arguments.state} has slots, which --no-memory would empty for good; leave --no-memory away, name another "
+            "folder, or leave --state away to compare"
+        )
     if arguments.chat:
         token_ids = chat_turn(tokenizer, text, is_first)
     else:

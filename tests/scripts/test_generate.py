@@ -122,6 +122,14 @@ def test_state_that_does_not_fit_is_refused_and_kept(assert_refused, state, tiny
     assert {path.name: path.read_bytes() for path in state.iterdir()} == before
 
 
+@pytest.mark.parametrize("way", [[], ["--chat"]])
+def test_a_memory_is_not_emptied_by_going_on_without_one(assert_refused, state, tiny_model, way):
+    before = {path.name: path.read_bytes() for path in state.iterdir()}
+    common = ["--model", tiny_model, "--prompt", "x", "--state", state, *way]
+    assert_refused("--no-memory would empty", generate, *common, "--no-memory")
+    assert {path.name: path.read_bytes() for path in state.iterdir()} == before
+
+
 def test_damaged_state_is_refused(assert_refused, state, tiny_model, tmp_path):
     tensors = next(state.glob("*.safetensors"))
     tensors.write_bytes(tensors.read_bytes()[:-100])
