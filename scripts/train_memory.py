@@ -3,12 +3,15 @@
 The weights of the source stay as they are. The model reads the texts once, with facts hidden in them that do not belong there; in
 every layer, what tells the two apart becomes salience, without gradients (modeling_bwr_dnc/retrofit/salience.py). Then one number
 per layer, how much more attention a salient slot gets, is fitted with gradients through questions and prose
-(modeling_bwr_dnc/retrofit/boost.py), and, if asked for, the compressors through prose (modeling_bwr_dnc/retrofit/compressor.py). The
-settings go into the adapter, and with it into the models that it is put into.
+(modeling_bwr_dnc/retrofit/boost.py), and, if asked for, the compressors through prose and some answers
+(modeling_bwr_dnc/retrofit/compressor.py). The settings go into the adapter, and with it into the models that it is put into.
+
+Compressors go on from those that the model has. With --compressors-only nothing else is taught: so a training can be continued.
 
 Examples:
   python -m scripts.train_memory --model DIR --output memory.safetensors       (DIR: converted without an adapter)
   python -m scripts.train_memory --model DIR --output memory.safetensors --memory-slots 512 160 96 --compressor-steps 300
+  python -m scripts.train_memory --model TAUGHT --output more.safetensors --compressor-steps 300 --compressors-only
   python -m scripts.convert --source smollm2 --output DIR --memory-adapter memory.safetensors
 """
 
@@ -16,12 +19,16 @@ import argparse
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
 from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
 from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_compressor, fit_salience
 from scripts.command_line import add_device, check_least, check_output, load_model, run
+
+# Steps of training compressors after which the adapter is written, whole as it is.
+SAVE_EVERY = 25
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         help="weight of what a text says again word for word, beside that of facts; 0: none (0)",
+    )
+    parser.add_argument(
+        "--repeats-layers", nargs=2, type=int, metavar="N", help="first and last layer in which that counts (all)"
     )
     parser.add_argument(
         "--pooling", type=int, default=17, help="tokens over which salience is averaged when slots are retained (17)"
@@ -69,6 +79,35 @@ def build_parser() -> argparse.ArgumentParser:
         help="steps of training the compressors, for a budget with compressed levels (0)",
     )
     parser.add_argument(
+        "--compressors-only",
+        action="store_true",
+        help="leave all but the compressors as the model, converted with an adapter, has it",
+    )
+    parser.add_argument(
+        "--stretch", type=int, default=1100, help="tokens of each text that the compressors are trained on (1100)"
+    )
+    parser.add_argument(
+        "--stretch-memory",
+        nargs=4,
+        type=int,
+        metavar="N",
+        default=[64, 96, 64, 32],
+        help="what they are read with: segment and slots, so small that they fill the memory (64 96 64 32)",
+    )
+    parser.add_argument(
+        "--copy-weight",
+        type=float,
+        default=4.0,
+        help="of the loss of what a text says again word for word, beside that of all else, in these steps (4)",
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="of the way from the compressors as they were to the trained ones that is gone in the end (1); 0.5: their mean",
+    )
+    parser.add_argument("--learning-rate", type=float, default=0.001, help="of the compressors, at its height (0.001)")
+    parser.add_argument(
         "--recency",
         type=float,
         default=0.0004,
@@ -80,29 +119,62 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train_memory(arguments: argparse.Namespace) -> None:
+    # Small gradients decay into denormal numbers, which CPUs compute with many times slower.
+    torch.set_flush_denormal(True)
     if Path(arguments.output).exists():
         raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
-    check_least(arguments, boost_steps=0, compressor_steps=0, repeats=0)
+    check_least(arguments, boost_steps=0, compressor_steps=0, repeats=0, stretch=2)
     check_output(Path(arguments.output).parent)
     model, tokenizer = load_model(arguments.model, arguments.device)
-    model.config.salience_pooling = arguments.pooling
-    model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
-    if arguments.tokens < 1 or not 0 < arguments.scale < float("inf"):
-        raise ValueError(f"--tokens is {arguments.tokens} and --scale {arguments.scale}, but both must be positive")
-    model.config.attention_boost, model.config.salience_scale = 0.0, arguments.scale
+    if arguments.tokens < 1 or not all(0 < x < float("inf") for x in (arguments.scale, arguments.learning_rate)):
+        raise ValueError(
+            f"--tokens is {arguments.tokens}, --scale {arguments.scale} and --learning-rate {arguments.learning_rate}, but all "
+            "must be positive"
+        )
+    if not arguments.compressors_only:
+        model.config.salience_pooling = arguments.pooling
+        model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
+        model.config.attention_boost, model.config.salience_scale = 0.0, arguments.scale
     if arguments.memory_slots is not None:
         model.config.memory_slots = arguments.memory_slots
     model.config.validate_architecture()
+    if arguments.compressors_only and not arguments.compressor_steps:
+        raise ValueError("--compressors-only leaves nothing to teach; say for how many --compressor-steps")
+    if not 0 < arguments.share <= 1:
+        raise ValueError(f"--share is {arguments.share}, but must be above 0 and at most 1")
     if arguments.compressor_steps and not model.config.memory_slots[1]:
         raise ValueError(
             f"--compressor-steps is {arguments.compressor_steps}, but the slots are {model.config.memory_slots}, none of them "
             "compressed; give the budget that the memory will have (--memory-slots 512 160 96), or leave it out"
         )
+    if arguments.repeats_layers is not None:
+        first, last = arguments.repeats_layers
+        if not 0 <= first <= last < model.config.num_hidden_layers:
+            raise ValueError(
+                f"--repeats-layers is {first} to {last}, but the layers are 0 to {model.config.num_hidden_layers - 1}"
+            )
     texts = [read_text_file(path) for path in arguments.text] or [python_manual()]
-    all_tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
-    tokens = [token_ids[: arguments.tokens] for token_ids in all_tokens]
+    tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
     begin = time.monotonic()
-    with tqdm(total=sum(map(len, tokens)), unit="tok", desc="reading", delay=1) as progress:
+    if not arguments.compressors_only:
+        teach_salience(model, tokenizer, tokens, arguments)
+    if arguments.boost_steps and not arguments.compressors_only:
+        teach_boosts(model, tokenizer, tokens, arguments)
+    if arguments.compressor_steps:
+        teach_compressors(model, tokenizer, tokens, arguments)
+    names = save_memory_adapter(model, arguments.output)
+    size = Path(arguments.output).stat().st_size
+    print(f"wrote {arguments.output}: {len(names)} tensors, {size:,} bytes, in {time.monotonic() - begin:.0f} seconds")
+
+
+def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse.Namespace) -> None:
+    repeat_layers = None
+    if arguments.repeats_layers is not None:
+        first, last = arguments.repeats_layers
+        repeat_layers = range(first, last + 1)
+    with tqdm(
+        total=sum(min(len(token_ids), arguments.tokens) for token_ids in texts), unit="tok", desc="reading", delay=1
+    ) as progress:
 
         def on_progress(num_tokens: int) -> None:
             # The hidden facts come on top of the texts.
@@ -112,49 +184,63 @@ def train_memory(arguments: argparse.Namespace) -> None:
         gaps = fit_salience(
             model,
             tokenizer,
-            tokens,
+            texts,
             seed=arguments.seed,
             scale=arguments.scale,
             repeats=arguments.repeats,
+            repeat_layers=repeat_layers,
+            num_tokens=arguments.tokens,
             on_progress=on_progress,
         )
-    if arguments.boost_steps:
-        with tqdm(total=arguments.boost_steps, unit="step", desc="fitting the boosts", delay=1) as progress:
-
-            def on_step(step: int, answers: float, prose: float) -> None:
-                progress.set_postfix(answers=f"{answers:.2f}", prose=f"{prose:.2f}")
-                progress.update()
-
-            boosts = fit_attention_boost(
-                model,
-                tokenizer,
-                all_tokens,
-                seed=arguments.seed,
-                num_steps=arguments.boost_steps,
-                prose_weight=arguments.prose_weight,
-                on_step=on_step,
-            )
-        print("attention that salient slots gain, in logits, by layer:")
-        print("  " + "  ".join(f"{layer}: {boost:.2f}" for layer, boost in enumerate(boosts)))
-    if arguments.compressor_steps:
-        with tqdm(total=arguments.compressor_steps, unit="step", desc="training the compressors", delay=1) as progress:
-
-            def on_compressor_step(step: int, loss: float) -> None:
-                progress.set_postfix(loss=f"{loss:.2f}")
-                progress.update()
-
-            fit_compressor(
-                model,
-                all_tokens,
-                seed=arguments.seed,
-                num_steps=arguments.compressor_steps,
-                on_step=on_compressor_step,
-            )
-    names = save_memory_adapter(model, arguments.output)
     print("how far facts stand out, in standard deviations of ordinary text, by layer:")
-    print("  " + "  ".join(f"{layer}: {gap:.1f}" for layer, gap in gaps.items()))
-    size = Path(arguments.output).stat().st_size
-    print(f"wrote {arguments.output}: {len(names)} tensors, {size:,} bytes, in {time.monotonic() - begin:.0f} seconds")
+    print("  " + "  ".join(f"{layer}: {gap:.1f}" for layer, gap in gaps.items()), flush=True)
+
+
+def teach_boosts(model, tokenizer, texts: list[list[int]], arguments: argparse.Namespace) -> None:
+    with tqdm(total=arguments.boost_steps, unit="step", desc="fitting the boosts", delay=1) as progress:
+
+        def on_step(step: int, answers: float, prose: float) -> None:
+            progress.set_postfix(answers=f"{answers:.2f}", prose=f"{prose:.2f}")
+            progress.update()
+
+        boosts = fit_attention_boost(
+            model,
+            tokenizer,
+            texts,
+            seed=arguments.seed,
+            num_steps=arguments.boost_steps,
+            prose_weight=arguments.prose_weight,
+            on_step=on_step,
+        )
+    print("attention that salient slots gain, in logits, by layer:")
+    print("  " + "  ".join(f"{layer}: {boost:.2f}" for layer, boost in enumerate(boosts)), flush=True)
+
+
+def teach_compressors(model, tokenizer, texts: list[list[int]], arguments: argparse.Namespace) -> None:
+    segment_length, *memory_slots = arguments.stretch_memory
+    with tqdm(total=arguments.compressor_steps, unit="step", desc="training the compressors", delay=1) as progress:
+
+        def on_step(step: int, loss: float) -> None:
+            progress.set_postfix(loss=f"{loss:.2f}")
+            progress.update()
+            if (step + 1) % SAVE_EVERY == 0:
+                # What an interrupted training has learned.
+                save_memory_adapter(model, arguments.output)
+
+        fit_compressor(
+            model,
+            texts,
+            seed=arguments.seed,
+            num_steps=arguments.compressor_steps,
+            length=arguments.stretch,
+            segment_length=segment_length,
+            memory_slots=memory_slots,
+            learning_rate=arguments.learning_rate,
+            copy_weight=arguments.copy_weight,
+            share=arguments.share,
+            tokenizer=tokenizer,
+            on_step=on_step,
+        )
 
 
 if __name__ == "__main__":

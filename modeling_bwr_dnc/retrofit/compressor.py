@@ -3,17 +3,22 @@ Compressed slots that are worth their place: the compressors alone are trained, 
 
 Everything that is not a compressor stays as it is, the weights of the source and what is salient too. Segments and slots are
 run-time settings, so a memory a few times smaller than the one to be used teaches compression with short texts.
+
+In a share of the stretches facts are hidden, and asked for at the end: what is compressed is to be read not by prose alone. Tokens
+that go on with what was said before, word for word and before the window, count several times: few they are, and much of what a
+memory is for.
 """
 
 import random
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..settings import settings_changed
-from ..token_loss import IGNORED
+from ..token_loss import summed_cross_entropy
 from .freezing import only_trained
+from .salience import said_before, text_with_facts
 
 
 def fit_compressor(
@@ -26,6 +31,13 @@ def fit_compressor(
     segment_length: int = 64,
     memory_slots: Sequence[int] = (96, 64, 32),
     learning_rate: float = 1e-3,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    share: float = 1.0,
+    copy_weight: float = 4.0,
+    fact_share: float = 0.3,
+    answer_weight: float = 0.25,
+    gap: tuple[int, int] = (100, 400),
+    num_questions: int = 3,
     on_step: Callable[[int, float], object] | None = None,
 ) -> None:
     """
@@ -36,7 +48,12 @@ def fit_compressor(
         segment_length, memory_slots: settings that the model reads with meanwhile; levels 1 and 2 need slots.
         learning_rate: at its height, of Adam; the latent queries learn ten times as fast. It rises over ten steps, and falls to
             nothing over the second half.
-        on_step: called with the number of the step and its loss, in nats per token.
+        share: of the way from the compressors as they were to those of the last step that is gone in the end; where both are
+            trained, half of it can be better than either.
+        copy_weight: of the loss of a token that ends four in a row that were there before, and since then not in the window.
+        tokenizer: with one, facts are hidden in `fact_share` of the stretches, least and most tokens apart by `gap`;
+            `num_questions` of them are put at the end, and the loss of the answers, times `answer_weight`, is added.
+        on_step: called with the number of the step and its loss of prose, in nats per token.
 
     Raises:
         ValueError: if the model has no compressor, nothing is ever compressed, or a text or a stretch is too short.
@@ -53,6 +70,7 @@ def fit_compressor(
             f"than what the memory has room for, {room} tokens, and no longer than the texts"
         )
     draw = random.Random(f"{seed} compressor")
+    before = [parameter.detach().clone() for parameter in named.values()]
     groups = [
         {"params": [parameter], "lr": learning_rate * (10 if name.endswith("latent_query") else 1)}
         for name, parameter in named.items()
@@ -69,16 +87,57 @@ def fit_compressor(
             for step in range(num_steps):
                 token_ids = draw.choice(texts)
                 begin = draw.randrange(len(token_ids) - length + 1)
-                ids = torch.tensor([token_ids[begin : begin + length]], device=model.device)
-                labels = ids.clone()
-                labels[:, :room] = IGNORED
-                loss = model(ids, labels=labels, use_cache=False).loss
-                loss.backward()
+                text, is_fact, answers = token_ids[begin : begin + length], [False] * length, []
+                if tokenizer is not None and draw.random() < fact_share:
+                    text, is_fact, facts = text_with_facts(tokenizer, text, draw, gap)
+                    asked = draw.sample(facts, min(num_questions, len(facts)))
+                    answers = [fact.token_ids(tokenizer) for fact in asked]
+                copied = said_before(text, 2 * segment_length)
+                weights = [copy_weight if copy else 1.0 for copy in copied]
+                weights = [
+                    weight if index >= room and not hidden else 0.0
+                    for index, (weight, hidden) in enumerate(zip(weights, is_fact, strict=True))
+                ]
+                prose = _add_gradients(model, text, weights, answers, answer_weight)
                 torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
                 if on_step is not None:
-                    on_step(step, loss.item())
+                    on_step(step, prose)
+        with torch.no_grad():
+            for parameter, start in zip(named.values(), before, strict=True):
+                parameter.lerp_(start, 1 - share)
     finally:
         model.train(was_training)
+
+
+def _add_gradients(
+    model: PreTrainedModel,
+    text: list[int],
+    weights: list[float],
+    answers: Sequence[tuple[list[int], list[int]]],
+    answer_weight: float,
+) -> float:
+    """
+    Read a text, and at its end questions with their answers. Add to the gradients of the parameters those of the mean loss of the
+    text, its tokens weighted, and those of the mean loss of the answers; returns the former.
+    """
+    token_ids, of_answers = list(text), [0.0] * len(text)
+    for question, answer in answers:
+        token_ids += question + answer
+        of_answers += [0.0] * len(question) + [1.0] * len(answer)
+    ids = torch.tensor(token_ids, device=model.device)
+    hidden_states = model.get_decoder()(ids[None, :-1], use_cache=False).last_hidden_state[0]
+
+    def mean_loss(weights: list[float]) -> torch.Tensor:
+        total, head = hidden_states.new_zeros(()), model.get_output_embeddings().weight
+        for weight in set(weights) - {0.0}:
+            places = torch.tensor([index for index, other in enumerate(weights) if other == weight], device=ids.device)
+            total = total + weight * summed_cross_entropy(hidden_states[places - 1], head, ids[places])[0]
+        return total / sum(weights)
+
+    prose = mean_loss(weights)
+    loss = prose + answer_weight * mean_loss(of_answers) if answers else prose
+    loss.backward()
+    return prose.item()

@@ -21,7 +21,7 @@ Shapes: `T` tokens, `F` width of the hidden states.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +113,17 @@ def said_again(token_ids: Sequence[int], within: tuple[int, int], width: int = 4
     return marks
 
 
+def said_before(token_ids: Sequence[int], beyond: int, width: int = 4) -> list[bool]:
+    """Which tokens end `width` tokens in a row that were there before, last more than `beyond` tokens ago."""
+    last_use: dict[tuple[int, ...], int] = {}
+    marks = [False] * len(token_ids)
+    for end in range(width, len(token_ids) + 1):
+        words = tuple(token_ids[end - width : end])
+        marks[end - 1] = words in last_use and end - last_use[words] > beyond
+        last_use[words] = end
+    return marks
+
+
 # Classes of tokens; those of none are -1.
 TEXT, FACT, REPEATED = range(3)
 
@@ -161,7 +172,9 @@ def fit_salience(
     rare: float = 0.003,
     calibration: float = 0.15,
     repeats: float = 0.0,
+    repeat_layers: Collection[int] | None = None,
     reach: int = 8192,
+    num_tokens: int | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> dict[int, float]:
     """
@@ -175,7 +188,9 @@ def fit_salience(
         rare: share of ordinary text whose salience, pooled as the model pools it, is above 0.
         calibration: share of each text that is read a second time, to find where that is.
         repeats: weight of what is said again word for word beside that of facts.
+        repeat_layers: layers in which it counts; all by default. What helps there takes from facts.
         reach: tokens after which what is said again no longer counts.
+        num_tokens: tokens that are read of each text; what is said again is looked for in all of it.
         on_progress: called after every block with the number of tokens it held.
 
     Returns: by layer, how many standard deviations of ordinary text lie between it and the facts.
@@ -188,7 +203,7 @@ def fit_salience(
     if not heads:
         raise ValueError("the model has no 'state_bank_attention' layer, so there is no salience to fit")
     prepared = [
-        text_with_facts(tokenizer, token_ids, random.Random(f"{seed} {number}"), gap)[:2]
+        text_with_facts(tokenizer, token_ids[:num_tokens], random.Random(f"{seed} {number}"), gap)[:2]
         for number, token_ids in enumerate(texts)
     ]
     num_fact_tokens = sum(sum(is_fact) for _, is_fact in prepared)
@@ -200,10 +215,12 @@ def fit_salience(
     num_sinks = model.config.num_sink_tokens
     moments = {index: [Moments.empty(model.config.hidden_size) for _ in range(3)] for index in heads}
     num_repeated = 0
-    for text, is_fact in prepared:
+    for token_ids, (text, is_fact) in zip(texts, prepared, strict=True):
         classes = torch.tensor(is_fact, device=model.device).long()
         if repeats:
-            again = torch.tensor(said_again(text, (2 * model.config.segment_length, reach)), device=model.device)
+            rest = [] if num_tokens is None else token_ids[num_tokens:][:reach]
+            marks = said_again([*text, *rest], (2 * model.config.segment_length, reach))[: len(text)]
+            again = torch.tensor(marks, device=model.device)
             classes[again & (classes == TEXT)] = REPEATED
             num_repeated += int((classes == REPEATED).sum())
         # Sinks are never chosen, and stand out in every model: they belong to no class.
@@ -223,7 +240,7 @@ def fit_salience(
     gaps = {}
     for index, (of_text, of_facts, of_repeated) in moments.items():
         direction, gaps[index] = discriminant(of_text, of_facts, ridge)
-        if repeats:
+        if repeats and (repeat_layers is None or index in repeat_layers):
             direction += repeats * discriminant(of_text, of_repeated, ridge)[0]
         _set(heads[index], scale * direction)
 

@@ -23,6 +23,35 @@ def test_an_adapter_goes_into_a_conversion(call, tiny_source, tiny_model, tmp_pa
         assert tensor.any() and tensor.equal(model.state_dict()[name])
 
 
+def test_compressors_go_on_alone(call, tiny_source, tiny_model, tmp_path):
+    first, more = tmp_path / "first.safetensors", tmp_path / "more.safetensors"
+    options = (
+        "--tokens",
+        3000,
+        "--repeats",
+        0.5,
+        "--repeats-layers",
+        1,
+        1,
+        "--boost-steps",
+        0,
+        "--compressor-steps",
+        1,
+    )
+    code, _, errors = call(train_memory, "--model", tiny_model, "--output", first, *options)
+    assert code == 0, errors
+    folder = tmp_path / "taught"
+    code, _, errors = call(convert, "--source", tiny_source, "--output", folder, "--memory-adapter", first)
+    assert code == 0, errors
+    options = ("--compressors-only", "--compressor-steps", 2, "--stretch", 300, "--stretch-memory", 8, 8, 8, 8)
+    code, output, errors = call(train_memory, "--model", folder, "--output", more, *options, "--share", 0.5)
+    assert code == 0 and "stand out" not in output, errors
+    old, new = load_file(first), load_file(more)
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        assert tensor.equal(new[name]) != (".compressor." in name), name
+
+
 def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path / "memory.safetensors"]
     assert_refused("an odd number", train_memory, *arguments, "--pooling", 4)
@@ -32,6 +61,9 @@ def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     assert_refused(
         "none of them compressed", train_memory, *arguments, "--compressor-steps", 2, "--memory-slots", 28, 0, 0
     )
+    assert_refused("leaves nothing to teach", train_memory, *arguments, "--compressors-only")
+    assert_refused("the layers are 0 to", train_memory, *arguments, "--repeats-layers", 1, 99)
+    assert_refused("at most 1", train_memory, *arguments, "--share", 2)
     assert_refused("nothing can be written", train_memory, *arguments[:2], "--output", document / "memory.safetensors")
     assert_refused("no file at", train_memory, *arguments, "--text", tmp_path / "nowhere.txt")
     assert_refused("both are needed", train_memory, *arguments, "--text", document, "--tokens", 30)

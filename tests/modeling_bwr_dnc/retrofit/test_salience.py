@@ -12,7 +12,7 @@ from modeling_bwr_dnc.conversion.memory_adapter import load_memory_adapter, save
 from modeling_bwr_dnc.evaluation.measuring import token_losses
 from modeling_bwr_dnc.evaluation.recall import measure_recall, memory_of, recalled, text_to_recall
 from modeling_bwr_dnc.retrofit import fit_salience
-from modeling_bwr_dnc.retrofit.salience import Moments, discriminant, said_again, text_with_facts
+from modeling_bwr_dnc.retrofit.salience import Moments, discriminant, said_again, said_before, text_with_facts
 from tests.modeling_bwr_dnc.builders import tiny_config
 
 
@@ -85,6 +85,13 @@ def test_what_is_said_again_is_what_a_text_repeats_later_and_not_too_late():
     assert [index for index, mark in enumerate(said_again(text, (12, 30), width=3)) if mark] == [2, 3, 28, 29]
 
 
+def test_what_was_said_before_is_what_goes_on_with_an_earlier_saying():
+    text = [1, 2, 3, 4, 5, *range(10, 30), 1, 2, 3, 4, 6, *range(30, 40), 0, 2, 3, 4, 6]
+    assert [index for index, mark in enumerate(said_before(text, 12)) if mark] == [28, 44]
+    assert [index for index, mark in enumerate(said_before(text, 15)) if mark] == [28]
+    assert not any(said_before(text, 25))
+
+
 def test_what_is_said_again_is_kept(model, tokenizer, manual):
     """Headings that come again three stretches later stand out by their mark, in a text that was not fitted on."""
 
@@ -108,6 +115,12 @@ def test_what_is_said_again_is_kept(model, tokenizer, manual):
     assert kept(3.0) > 1.2 * kept(0.0) > 0
     with pytest.raises(ValueError, match="nothing is said again"):
         fit_salience(model, tokenizer, [manual[:300]], gap=(20, 120), repeats=1.0, reach=64)
+
+
+def test_what_is_said_again_is_looked_for_beyond_what_is_read(model, tokenizer, manual):
+    with pytest.raises(ValueError, match="nothing is said again"):
+        fit_salience(model, tokenizer, [manual[:300]], gap=(20, 120), repeats=1.0)
+    fit_salience(model, tokenizer, [manual[:300] * 2], gap=(20, 120), repeats=1.0, num_tokens=300)
 
 
 def test_an_adapter_brings_salience_and_its_settings(model, tokenizer, manual, tmp_path):
