@@ -3,7 +3,7 @@
 The weights of the source stay as they are. The model reads the texts once, with facts hidden in them that do not belong there; in
 every layer, what tells the two apart becomes salience, without gradients (modeling_bwr_dnc/retrofit/salience.py). Then one number
 per layer, how much more attention a salient slot gets, is fitted with gradients through questions and prose
-(modeling_bwr_dnc/retrofit/boost.py), and, if asked for, the compressors through prose and some answers
+(modeling_bwr_dnc/retrofit/boost.py), and, if asked for, the compressors through prose
 (modeling_bwr_dnc/retrofit/compressor.py). The settings go into the adapter, and with it into the models that it is put into.
 
 Compressors go on from those that the model has. With --compressors-only nothing else is taught: so a training can be continued.
@@ -97,8 +97,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--copy-weight",
         type=float,
-        default=4.0,
-        help="of the loss of what a text says again word for word, beside that of all else, in these steps (4)",
+        default=1.0,
+        help="of the loss of what a text says again word for word, beside that of all else, in these steps (1)",
+    )
+    parser.add_argument(
+        "--fact-share",
+        type=float,
+        default=0.0,
+        help="of these steps, in which facts are hidden and asked for (0); the shipped compressors: 0.3",
     )
     parser.add_argument(
         "--share",
@@ -140,8 +146,15 @@ def train_memory(arguments: argparse.Namespace) -> None:
     model.config.validate_architecture()
     if arguments.compressors_only and not arguments.compressor_steps:
         raise ValueError("--compressors-only leaves nothing to teach; say for how many --compressor-steps")
-    if not 0 < arguments.share <= 1:
-        raise ValueError(f"--share is {arguments.share}, but must be above 0 and at most 1")
+    if (
+        not 0 < arguments.share <= 1
+        or not 0 <= arguments.fact_share <= 1
+        or not 0 < arguments.copy_weight < float("inf")
+    ):
+        raise ValueError(
+            f"--share is {arguments.share}, --fact-share {arguments.fact_share} and --copy-weight {arguments.copy_weight}, but "
+            "shares must be at most 1, and --share and the weight above 0"
+        )
     if arguments.compressor_steps and not model.config.memory_slots[1]:
         raise ValueError(
             f"--compressor-steps is {arguments.compressor_steps}, but the slots are {model.config.memory_slots}, none of them "
@@ -237,6 +250,7 @@ def teach_compressors(model, tokenizer, texts: list[list[int]], arguments: argpa
             memory_slots=memory_slots,
             learning_rate=arguments.learning_rate,
             copy_weight=arguments.copy_weight,
+            fact_share=arguments.fact_share,
             share=arguments.share,
             tokenizer=tokenizer,
             on_step=on_step,

@@ -4,9 +4,8 @@ Compressed slots that are worth their place: the compressors alone are trained, 
 Everything that is not a compressor stays as it is, the weights of the source and what is salient too. Segments and slots are
 run-time settings, so a memory a few times smaller than the one to be used teaches compression with short texts.
 
-In a share of the stretches facts are hidden, and asked for at the end: what is compressed is to be read not by prose alone. Tokens
-that go on with what was said before, word for word and before the window, count several times: few they are, and much of what a
-memory is for.
+If asked for, facts are hidden in a share of the stretches, and asked for at the end: what is compressed is to be read not by prose
+alone. And tokens that go on with what was said before, word for word and before the window, can count several times.
 """
 
 import random
@@ -33,8 +32,8 @@ def fit_compressor(
     learning_rate: float = 1e-3,
     tokenizer: PreTrainedTokenizerBase | None = None,
     share: float = 1.0,
-    copy_weight: float = 4.0,
-    fact_share: float = 0.3,
+    copy_weight: float = 1.0,
+    fact_share: float = 0.0,
     answer_weight: float = 0.25,
     gap: tuple[int, int] = (100, 400),
     num_questions: int = 3,
@@ -51,12 +50,13 @@ def fit_compressor(
         share: of the way from the compressors as they were to those of the last step that is gone in the end; where both are
             trained, half of it can be better than either.
         copy_weight: of the loss of a token that ends four in a row that were there before, and since then not in the window.
-        tokenizer: with one, facts are hidden in `fact_share` of the stretches, least and most tokens apart by `gap`;
+        tokenizer, fact_share: facts are hidden in this share of the stretches, least and most tokens apart by `gap`;
             `num_questions` of them are put at the end, and the loss of the answers, times `answer_weight`, is added.
         on_step: called with the number of the step and its loss of prose, in nats per token.
 
     Raises:
-        ValueError: if the model has no compressor, nothing is ever compressed, or a text or a stretch is too short.
+        ValueError: if the model has no compressor, nothing is ever compressed, or a text or a stretch is too short, or facts are to
+            be hidden without a tokenizer.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if ".memory.compressor." in name}
     room = model.config.num_sink_tokens + sum(memory_slots) + 2 * segment_length
@@ -69,6 +69,8 @@ def fit_compressor(
             f"length is {length} and the texts have {[len(token_ids) for token_ids in texts]} tokens, but a stretch must be longer "
             f"than what the memory has room for, {room} tokens, and no longer than the texts"
         )
+    if fact_share and tokenizer is None:
+        raise ValueError(f"fact_share is {fact_share}, but facts cannot be hidden without a tokenizer")
     draw = random.Random(f"{seed} compressor")
     before = [parameter.detach().clone() for parameter in named.values()]
     groups = [
@@ -88,7 +90,7 @@ def fit_compressor(
                 token_ids = draw.choice(texts)
                 begin = draw.randrange(len(token_ids) - length + 1)
                 text, is_fact, answers = token_ids[begin : begin + length], [False] * length, []
-                if tokenizer is not None and draw.random() < fact_share:
+                if fact_share and draw.random() < fact_share:
                     text, is_fact, facts = text_with_facts(tokenizer, text, draw, gap)
                     asked = draw.sample(facts, min(num_questions, len(facts)))
                     answers = [fact.token_ids(tokenizer) for fact in asked]

@@ -63,7 +63,8 @@ def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     )
     assert_refused("leaves nothing to teach", train_memory, *arguments, "--compressors-only")
     assert_refused("the layers are 0 to", train_memory, *arguments, "--repeats-layers", 1, 99)
-    assert_refused("at most 1", train_memory, *arguments, "--share", 2)
+    for option in (("--share", 2), ("--fact-share", -1), ("--copy-weight", "nan")):
+        assert_refused("at most 1", train_memory, *arguments, *option)
     assert_refused("nothing can be written", train_memory, *arguments[:2], "--output", document / "memory.safetensors")
     assert_refused("no file at", train_memory, *arguments, "--text", tmp_path / "nowhere.txt")
     assert_refused("both are needed", train_memory, *arguments, "--text", document, "--tokens", 30)
