@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
-from modeling_bwr_dnc.evaluation.reading import python_manual, read_text_file
 from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_compressor, fit_salience
+from modeling_bwr_dnc.texts import python_manual, read_text_file
 from scripts.command_line import add_device, check_least, check_output, load_model, run
 
 # Steps of training compressors after which the adapter is written, whole as it is.

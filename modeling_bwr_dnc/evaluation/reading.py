@@ -8,9 +8,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_bwr_dnc.state_bank import StateBankCache
 
-# `scripts.train_memory` takes these from here.
-from modeling_bwr_dnc.texts import python_manual, read_text_file  # noqa: F401
-
 
 @torch.no_grad()
 def read_tokens(

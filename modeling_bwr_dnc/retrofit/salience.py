@@ -51,8 +51,8 @@ class Moments:
     def add(self, inputs: torch.Tensor) -> None:
         """Take in [T, F]."""
         self.count += len(inputs)
-        self.first += inputs.sum(0, dtype=torch.float64).cpu()
-        self.second += (inputs.T @ inputs).double().cpu()
+        self.first += inputs.cpu().sum(0, dtype=torch.float64)
+        self.second += (inputs.T @ inputs).cpu().double()
 
     @property
     def mean(self) -> torch.Tensor:
