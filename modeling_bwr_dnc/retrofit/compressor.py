@@ -95,10 +95,9 @@ def fit_compressor(
                     asked = draw.sample(facts, min(num_questions, len(facts)))
                     answers = [fact.token_ids(tokenizer) for fact in asked]
                 copied = said_before(text, 2 * segment_length)
-                weights = [copy_weight if copy else 1.0 for copy in copied]
                 weights = [
-                    weight if index >= room and not hidden else 0.0
-                    for index, (weight, hidden) in enumerate(zip(weights, is_fact, strict=True))
+                    0.0 if index < room or hidden else copy_weight if is_copy else 1.0
+                    for index, (is_copy, hidden) in enumerate(zip(copied, is_fact, strict=True))
                 ]
                 prose = _add_gradients(model, text, weights, answers, answer_weight)
                 torch.nn.utils.clip_grad_norm_(named.values(), 1.0)

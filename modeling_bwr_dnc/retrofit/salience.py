@@ -21,7 +21,7 @@ Shapes: `T` tokens, `F` width of the hidden states.
 """
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,28 +99,32 @@ def text_with_facts(
     return *hide_facts(tokenizer, token_ids, places), list(places.values())
 
 
+def repetitions(token_ids: Sequence[int], width: int = 4) -> Iterator[tuple[int, int]]:
+    """Where `width` tokens in a row end, last and now, for all that were there before; by the index of their last token."""
+    last_use: dict[tuple[int, ...], int] = {}
+    for end in range(width - 1, len(token_ids)):
+        words = tuple(token_ids[end - width + 1 : end + 1])
+        if words in last_use:
+            yield last_use[words], end
+        last_use[words] = end
+
+
 def said_again(token_ids: Sequence[int], within: tuple[int, int], width: int = 4) -> list[bool]:
     """
     Which tokens end `width` tokens in a row that come again, next after more than the first and at most the second of `within`
     tokens.
     """
-    last_use: dict[tuple[int, ...], int] = {}
     marks = [False] * len(token_ids)
-    for end in range(len(token_ids), width - 1, -1):
-        words = tuple(token_ids[end - width : end])
-        marks[end - 1] = words in last_use and within[0] < last_use[words] - end <= within[1]
-        last_use[words] = end
+    for earlier, later in repetitions(token_ids, width):
+        marks[earlier] = within[0] < later - earlier <= within[1]
     return marks
 
 
 def said_before(token_ids: Sequence[int], beyond: int, width: int = 4) -> list[bool]:
     """Which tokens end `width` tokens in a row that were there before, last more than `beyond` tokens ago."""
-    last_use: dict[tuple[int, ...], int] = {}
     marks = [False] * len(token_ids)
-    for end in range(width, len(token_ids) + 1):
-        words = tuple(token_ids[end - width : end])
-        marks[end - 1] = words in last_use and end - last_use[words] > beyond
-        last_use[words] = end
+    for earlier, later in repetitions(token_ids, width):
+        marks[later] = later - earlier > beyond
     return marks
 
 
