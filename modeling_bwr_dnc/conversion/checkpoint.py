@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers.dynamic_module_utils import get_relative_imports
 
+from modeling_bwr_dnc.conversion.hub_folder import TOKENIZER_FILES
 from modeling_bwr_dnc.conversion.llama_family import (
     EqualityProof,
     converted_config,
@@ -33,14 +34,7 @@ _ENTRIES = (
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    *TOKENIZER_FILES,
     "additional_chat_templates",
 )
 

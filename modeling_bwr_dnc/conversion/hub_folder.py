@@ -12,6 +12,17 @@ from yaml import YAMLError
 
 from modeling_bwr_dnc.staging import complete_folder
 
+# What a tokenizer is saved as.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 # Everything else in the folder (states, optimizers, notes, secrets) stays at home.
 PUBLISHED = (
     "README.md",
@@ -21,14 +32,7 @@ PUBLISHED = (
     "conversion.json",
     "*.safetensors",
     "*.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    *TOKENIZER_FILES,
     "*.py",
     "*.png",
 )
