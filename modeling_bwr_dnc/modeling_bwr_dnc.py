@@ -552,8 +552,10 @@ class BwrDncModel(BwrDncPreTrainedModel):
             cache = StateBankCache.wrap(past_key_values)
         elif use_cache:
             cache = StateBankCache(config=self.config)
+        settings = bank_settings(self.config, self.config.use_memory if use_memory is None else use_memory)
         if cache is not None and cache.states:
             check_matches_config(cache, self.config)
+            check_pinned_fit(cache, settings)
             if cache.layers[0].batch_size != inputs_embeds.shape[0]:
                 raise ValueError(
                     f"`past_key_values` has {cache.layers[0].batch_size} rows, but the input has {inputs_embeds.shape[0]}; "
@@ -561,9 +563,6 @@ class BwrDncModel(BwrDncPreTrainedModel):
                 )
         if cache is not None:
             cache.written_by(self)
-        settings = bank_settings(self.config, self.config.use_memory if use_memory is None else use_memory)
-        if cache is not None and cache.states:
-            check_pinned_fit(cache, settings)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         layout = lay_out(
             inputs_embeds.shape[:2],

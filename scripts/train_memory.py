@@ -209,13 +209,13 @@ def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse
     print("  " + "  ".join(f"{layer}: {gap:.1f}" for layer, gap in gaps.items()), flush=True)
 
 
+def show_step(progress: tqdm, **losses: float) -> None:
+    progress.set_postfix({name: f"{loss:.2f}" for name, loss in losses.items()})
+    progress.update()
+
+
 def teach_boosts(model, tokenizer, texts: list[list[int]], arguments: argparse.Namespace) -> None:
     with tqdm(total=arguments.boost_steps, unit="step", desc="fitting the boosts", delay=1) as progress:
-
-        def on_step(step: int, answers: float, prose: float) -> None:
-            progress.set_postfix(answers=f"{answers:.2f}", prose=f"{prose:.2f}")
-            progress.update()
-
         boosts = fit_attention_boost(
             model,
             tokenizer,
@@ -223,7 +223,7 @@ def teach_boosts(model, tokenizer, texts: list[list[int]], arguments: argparse.N
             seed=arguments.seed,
             num_steps=arguments.boost_steps,
             prose_weight=arguments.prose_weight,
-            on_step=on_step,
+            on_step=lambda step, answers, prose: show_step(progress, answers=answers, prose=prose),
         )
     print("attention that salient slots gain, in logits, by layer:")
     print("  " + "  ".join(f"{layer}: {boost:.2f}" for layer, boost in enumerate(boosts)), flush=True)
@@ -234,8 +234,7 @@ def teach_compressors(model, tokenizer, texts: list[list[int]], arguments: argpa
     with tqdm(total=arguments.compressor_steps, unit="step", desc="training the compressors", delay=1) as progress:
 
         def on_step(step: int, loss: float) -> None:
-            progress.set_postfix(loss=f"{loss:.2f}")
-            progress.update()
+            show_step(progress, loss=loss)
             if (step + 1) % SAVE_EVERY == 0:
                 # What an interrupted training has learned.
                 save_memory_adapter(model, arguments.output)
