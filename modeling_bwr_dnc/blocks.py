@@ -5,7 +5,8 @@ Shapes: `B` rows, `T` tokens.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import nn
@@ -44,5 +45,10 @@ def _without_attention(model: PreTrainedModel, start: int, block: torch.Tensor) 
 
 def cache_name(model: nn.Module) -> str:
     """What a model calls its cache: state space models have a name of their own for it."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = _parameters(type(model).forward)
     return next(name for name in ("past_key_values", "cache_params") if name in accepted)
+
+
+@cache
+def _parameters(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

@@ -16,7 +16,7 @@ from .state_bank import StateBankCache
 
 
 class RotaryTable:
-    """Cosines and sines of RoPE for one forward pass, computed once per range of positions and shared by all layers."""
+    """Cosines and sines of RoPE for one forward pass, see `rotate`, computed once per range of positions and shared by all layers."""
 
     def __init__(self, inverse_frequencies: torch.Tensor, scaling: float, dtype: torch.dtype):
         """From inverse frequencies [D / 2], and the factor that some RoPE variants put on cosines and sines."""
@@ -30,13 +30,12 @@ class RotaryTable:
         return RotaryTable(self.frequencies.to(device), self.scaling, self.dtype)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [..., D] at integer positions [...]."""
+        """Cosines and sines [..., D] at integer positions [...], as `rotate` takes them."""
         angles = positions[..., None].to(self.precise) * self.frequencies
-        angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos(), angles.sin()
         if self.scaling != 1:
             cos, sin = cos * self.scaling, sin * self.scaling
-        return cos.to(self.dtype), sin.to(self.dtype)
+        return torch.cat((cos, cos), dim=-1).to(self.dtype), torch.cat((-sin, sin), dim=-1).to(self.dtype)
 
     def range(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [stop - start, D] of consecutive positions."""

@@ -33,6 +33,9 @@ class RowState:
 
     def feed(self, num_columns: int, pads: tuple[int, ...], segment_length: int) -> None:
         """Count columns of input, of which those at `pads` were padding; the others are in `seen` already."""
+        if not pads and not self.pads:
+            self.columns += num_columns
+            return
         runs = dict(self.pads)
         for index, pad in enumerate(pads):
             position = self.seen - (num_columns - pad) + len(pads) - index
@@ -268,6 +271,8 @@ def extend_history(
     Args: `history` [B] int64, `token_ids` [B, T] int64, `is_real` [B, T] bool (None: all). Returns [B] int64.
     """
     num_tokens = token_ids.shape[1]
+    if num_tokens == 1 and is_real is None:
+        return history * _signed(HASH_BASE) + _mix(token_ids[:, 0])
     powers = torch.full((num_tokens,), _signed(HASH_BASE), dtype=torch.int64, device=token_ids.device).cumprod(0)
     powers = F.pad(powers, (1, 0), value=1)
     mixed = _mix(token_ids)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Weights with fewer numbers are done before oneDNN has found its kernel.
-FEWEST_WEIGHTS = 1 << 16
+# With a smaller weight, and fewer products in all, MKL is done before oneDNN has found its kernel, which takes it 10 microseconds.
+FEWEST_WEIGHTS, FEWEST_PRODUCTS = 1 << 18, 1 << 20
 # Rows of a large gradient that are computed, and then added, together: few enough to be found in a processor's cache.
 GRADIENT_ROWS = 2048
 
@@ -62,7 +62,7 @@ def _suits_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
         and prefers_onednn()
         and inputs.dtype == weight.dtype == torch.float32
         and inputs.device.type == weight.device.type == "cpu"
-        and weight.numel() >= FEWEST_WEIGHTS
+        and (weight.numel() >= FEWEST_WEIGHTS or inputs.numel() * weight.shape[0] >= FEWEST_PRODUCTS)
         and inputs.numel() > 0
         # Sharded, quantised and fake tensors have products of their own.
         and type(inputs) in (torch.Tensor, nn.Parameter)

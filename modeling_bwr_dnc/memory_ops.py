@@ -27,6 +27,8 @@ QUERY_STRIDE = 8
 USAGE_DECAY = 0.9
 # Tokens for which `recency_weight` counts once.
 RECENCY_UNIT = 1024
+# Up to so many the calls of operations take longer than what they compute.
+FEW_NUMBERS = 1 << 14
 SALIENCE_SHIFT = 3.0
 COMPLEXITY_SHIFT = 4.0
 # Weighs nothing after softmax, in every floating point type, without the NaNs of -inf.
@@ -255,17 +257,18 @@ class Rotation(torch.autograd.Function):
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = states.shape[-1] // 2
-    left, right = states[..., :half], states[..., half:]
-    rotated, sin = states * cos, sin[..., :half]
-    rotated[..., :half].addcmul_(right, sin, value=-1)
-    rotated[..., half:].addcmul_(left, sin)
+    if states.numel() <= FEW_NUMBERS:
+        return torch.addcmul(states * cos, states.roll(half, -1), sin)
+    rotated = states * cos
+    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half])
+    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
     return rotated
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Rotary position embedding (Su et al., 2021) in the half-split layout of Llama; cos and sin end in [..., D], and their two
-    halves are equal.
+    Rotary position embedding (Su et al., 2021) in the half-split layout of Llama; cos and sin end in [..., D], their halves
+    are equal, but for the sign of sin's first.
     """
     return Rotation.apply(states, cos, sin) if torch.is_grad_enabled() else _rotated(states, cos, sin)
 
@@ -369,7 +372,9 @@ def attend(
     elif mask is not None and mask.shape[-2] == num_queries:
         mask = mask.repeat(*(1,) * (mask.dim() - 2), repeats, 1)
     output = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scaling)
-    return output[..., :width].reshape(batch_size, num_heads, num_queries, width)
+    if output.shape[-1] != width:
+        output = output[..., :width]
+    return output.reshape(batch_size, num_heads, num_queries, width)
 
 
 def widen(queries, keys, values, key_bias, gates, level, scaling):

@@ -137,8 +137,10 @@ class PreciseLinear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(out_features, in_features))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(inputs.dtype, torch.float32)
-        inputs, weight = inputs.to(dtype), self.weight.to(dtype)
+        weight = self.weight
+        if not inputs.dtype == weight.dtype == torch.float32:
+            dtype = torch.promote_types(inputs.dtype, torch.float32)
+            inputs, weight = inputs.to(dtype), weight.to(dtype)
         if autocast_dtype(inputs.device.type) is None:
             return F.linear(inputs, weight)
         with torch.autocast(device_type=inputs.device.type, enabled=False):
@@ -411,11 +413,13 @@ class StateBankAttention(SinkWindowAttention):
         return self.memory.compressor, call.use_routing
 
     def _memory_logits(self, hidden_states, call):
-        salience, complexity = super()._memory_logits(hidden_states, call)
-        if call.use_salience:
-            salience = self.memory.salience(hidden_states)
-        if call.use_routing:
-            complexity = self.memory.routing(hidden_states) + COMPLEXITY_SHIFT
+        memory = self.memory
+        salience = memory.salience(hidden_states) if call.use_salience else None
+        complexity = memory.routing(hidden_states) + COMPLEXITY_SHIFT if call.use_routing else None
+        if salience is None or complexity is None:
+            neutral = super()._memory_logits(hidden_states, call)
+            salience = neutral[0] if salience is None else salience
+            complexity = neutral[1] if complexity is None else complexity
         return salience, complexity
 
 

@@ -140,7 +140,9 @@ def training_step(
 @torch.no_grad()
 def read(peer: Peer, model: PreTrainedModel, ids: torch.Tensor, cache=None) -> tuple[torch.Tensor, object]:
     """The most likely next token [B, 1] after `ids` [B, T], and the cache that holds them."""
-    model.eval()
+    if model.training:
+        # Asked first: this is timed, for every token, and a model has many modules.
+        model.eval()
     name = cache_name(model)
     for block in ids.split(peer.read_block_length or ids.shape[1], dim=1):
         outputs = model(block, **{name: cache}, use_cache=True, logits_to_keep=1)

@@ -8,8 +8,8 @@ from modeling_bwr_dnc import linear as linear_module
 from modeling_bwr_dnc.linear import add_product, apply_linear, gated_linear, linear, linear_into
 from modeling_bwr_dnc.modeling_bwr_dnc import BwrDncMLP
 
-# Wide enough for oneDNN.
-IN, OUT = 256, 320
+# Wide enough for oneDNN, whatever the number of rows.
+IN, OUT = 512, 576
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -66,7 +66,7 @@ def test_a_gated_product_and_its_gradients_are_those_of_torch(onednn):
         second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), given)
         results.append([tensor.detach() for tensor in (output, *first, *second)])
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=5e-5 * expected.abs().max().item())
     weight.requires_grad_(False)
     gated_linear(with_weight(weight), gate, up).sum().backward()
     assert weight.grad is None and gate.grad.isfinite().all()

@@ -212,6 +212,10 @@ def test_a_history_hash_can_be_extended_in_any_split_and_undone():
     nothing = torch.zeros(2, dtype=torch.int64)
     whole = extend_history(nothing, ids)
     assert torch.equal(extend_history(extend_history(nothing, ids[:, :13]), ids[:, 13:]), whole)
+    one_by_one = nothing
+    for token in ids.split(1, dim=1):
+        one_by_one = extend_history(one_by_one, token)
+    assert torch.equal(one_by_one, whole)
     padded = torch.cat((torch.full((2, 5), 9), ids), dim=1)
     real = torch.arange(45).expand(2, 45) >= 5
     assert torch.equal(extend_history(nothing, padded, real), whole)
