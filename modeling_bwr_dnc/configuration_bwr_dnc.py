@@ -61,6 +61,9 @@ class BwrDncConfig(PreTrainedConfig):
             The first tokens of a sequence, which never leave.
         memory_slots (`list[int]`, *optional*, defaults to `[512, 256, 128]`, or less to fit `max_position_embeddings`):
             Slots of the raw, the 2x and the 4x compressed level, per layer and key/value head.
+        slot_shares (`list[float]`, *optional*):
+            How many times `memory_slots` each layer has, rounded; once everywhere by default. With a mean of 1 they cost what
+            they do without. Those of a saved config fall where other `memory_slots` are given to `from_pretrained`.
         memory_position (`str`, defaults to `"rank"`):
             RoPE position of a slot: its rank in time (`"rank"`), or one position just before the window (`"constant"`).
         routing_thresholds (`list[float]`, defaults to `[0.5, 0.8]`):
@@ -124,6 +127,7 @@ class BwrDncConfig(PreTrainedConfig):
     segment_length: int | None = None
     num_sink_tokens: int = 4
     memory_slots: list[int] | tuple[int, ...] | None = None
+    slot_shares: list[int | float] | None = None
     memory_position: str = "rank"
     routing_thresholds: list[float | int] | tuple[float | int, ...] = (0.5, 0.8)
     usage_weight: int | float = 1.0
@@ -173,21 +177,32 @@ class BwrDncConfig(PreTrainedConfig):
         self.validate_architecture()
         self.validate_layer_type()
 
+    def layer_slots(self, layer_idx: int) -> tuple[int, ...]:
+        """Slots of the raw, the 2x and the 4x compressed level of one layer; none where it has no bank."""
+        if self.layer_types[layer_idx] != "state_bank_attention":
+            return (0, 0, 0)
+        share = 1 if self.slot_shares is None else self.slot_shares[layer_idx]
+        return tuple(round(share * slots) for slots in self.memory_slots)
+
     @property
     def max_keys(self) -> int:
-        """Keys that a token sees at most, in a layer with a bank: sinks, slots and window."""
-        return self.num_sink_tokens + sum(self.memory_slots) + 2 * self.segment_length
+        """Keys that a token sees at most, in the layer with most slots: sinks, slots and window."""
+        share = 1 if self.slot_shares is None else max(self.slot_shares)
+        slots = sum(round(share * slots) for slots in self.memory_slots)
+        return self.num_sink_tokens + slots + 2 * self.segment_length
 
     @property
     def lossless_length(self) -> int:
         """Tokens up to which the model equals full attention: no layer has lost or compressed anything yet."""
-        all_banks = self.use_memory and all(kind == "state_bank_attention" for kind in self.layer_types)
-        held = self.num_sink_tokens + (self.memory_slots[0] if all_banks else 0)
-        return held // self.segment_length * self.segment_length + 2 * self.segment_length
+        raw = min(self.layer_slots(index)[0] for index in range(self.num_hidden_layers)) if self.use_memory else 0
+        return (self.num_sink_tokens + raw) // self.segment_length * self.segment_length + 2 * self.segment_length
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """The library's; settings that are given beside a saved config must fit it, as if it held them."""
+        if "memory_slots" in kwargs:
+            # Who says how many a layer has means every layer.
+            kwargs.setdefault("slot_shares", None)
         try:
             found = super().from_dict(config_dict, **kwargs)
         except StrictDataclassError as error:
@@ -234,6 +249,18 @@ class BwrDncConfig(PreTrainedConfig):
             self.memory_slots,
             "have raw slots when there are compressed ones, since entries enter through level 0",
         )
+        shares = self.slot_shares
+        require(
+            shares is None
+            or len(shares) == self.num_hidden_layers
+            and all(
+                0 <= share < float("inf") and (round(share * self.memory_slots[0]) or not any(self.memory_slots))
+                for share in shares
+            ),
+            "slot_shares",
+            shares,
+            f"be a number for each of the {self.num_hidden_layers} layers, that leaves it at least one raw slot",
+        )
         require(
             self.memory_position in MEMORY_POSITIONS,
             "memory_position",
@@ -274,11 +301,11 @@ class BwrDncConfig(PreTrainedConfig):
             self.short_conv_kernel >= 0, "short_conv_kernel", self.short_conv_kernel, "be at least 0 (0 means none)"
         )
         require(0 <= self.hidden_dropout < 1, "hidden_dropout", self.hidden_dropout, "be a probability below 1")
-        slots = sum(self.memory_slots) if self.memory_position == "rank" else min(sum(self.memory_slots), 1)
-        positions = self.num_sink_tokens + slots + 2 * self.segment_length
+        has_one = self.memory_position == "constant" and any(self.memory_slots)
+        positions = self.num_sink_tokens + 1 + 2 * self.segment_length if has_one else self.max_keys
         require(
             positions <= self.max_position_embeddings,
-            "num_sink_tokens + memory slots + 2 * segment_length",
+            "num_sink_tokens + memory slots (of the largest layer) + 2 * segment_length",
             positions,
             f"not exceed the trained positions, max_position_embeddings ({self.max_position_embeddings}); "
             "use fewer slots or a shorter segment",

@@ -637,6 +637,8 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> list[BankSettings]:
     bank = replace(window, memory_slots=tuple(config.memory_slots)) if use_memory else window
     by_type = {"sink_window_attention": window, "state_bank_attention": bank}
     settings = [by_type[layer_type] for layer_type in config.layer_types]
+    if use_memory and config.slot_shares is not None:
+        settings = [replace(one, memory_slots=config.layer_slots(index)) for index, one in enumerate(settings)]
     if isinstance(boosts, list):
         settings = [replace(one, attention_boost=boost) for one, boost in zip(settings, boosts, strict=True)]
     return settings

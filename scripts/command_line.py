@@ -45,6 +45,26 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one, else cpu)")
 
 
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="another budget: raw, 2x, 4x")
+    parser.add_argument(
+        "--slot-shares",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="how many times these slots each layer has (1; the model's, where its slots are left as they are)",
+    )
+
+
+def use_budget(model: BwrDncForCausalLM, arguments: argparse.Namespace) -> None:
+    """Give `model` the slots that are asked for. Raises `ValueError` if they do not fit it."""
+    if arguments.memory_slots is not None:
+        model.config.memory_slots, model.config.slot_shares = arguments.memory_slots, None
+    if arguments.slot_shares is not None:
+        model.config.slot_shares = arguments.slot_shares
+    model.config.validate_architecture()
+
+
 def check_device(name: str | None) -> torch.device:
     """The device that is asked for; without a name CUDA's, if torch finds one. Raises `ValueError` for one that is not there."""
     try:

@@ -37,7 +37,17 @@ from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.evaluation.sessions import measure_sessions
 from modeling_bwr_dnc.tasks import TASKS, Passkey, Task, TextNeedle
 from modeling_bwr_dnc.texts import python_manual, read_text_file
-from scripts.command_line import add_device, check_least, check_output, key_and_value, load_bare_model, load_model, run
+from scripts.command_line import (
+    add_budget,
+    add_device,
+    check_least,
+    check_output,
+    key_and_value,
+    load_bare_model,
+    load_model,
+    run,
+    use_budget,
+)
 
 TEXT_MEASURES = ("loss", "passkey", "needle", "facts", "sessions", "budgets")
 MEASURES = (*TEXT_MEASURES, "accuracy", "pairs")
@@ -73,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[192, 384, 768, 1536],
         help="slots, shared out among the levels as the model's, for `budgets`: facts and loss against bytes",
     )
-    parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="another budget: raw, 2x, 4x")
+    add_budget(parser)
     parser.add_argument(
         "--score", nargs="+", choices=RETENTION_SCORES, default=[], help="further eviction scores to compare"
     )
@@ -102,15 +112,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
         model, tokenizer = load_model(arguments.model, arguments.device)
     else:
         model, tokenizer = load_bare_model(arguments.model, arguments.device), None
-    if arguments.memory_slots is not None:
-        model.config.memory_slots = arguments.memory_slots
-        model.config.validate_architecture()
+    use_budget(model, arguments)
     policies = [*(arguments.policies or CONTROLS), *(f"score:{score}" for score in arguments.score)]
+    shares = "" if model.config.slot_shares is None else f", by layer times {model.config.slot_shares}"
     facts = {
         "command": f"`python -m scripts.evaluate {shlex.join(sys.argv[1:])}`",
         "policies": "; ".join(f"{name} = {POLICIES[name]}" for name in policies),
         "memory": f"segment {model.config.segment_length}, sinks {model.config.num_sink_tokens}, slots "
-        f"{'/'.join(map(str, model.config.memory_slots))}, positions by {model.config.memory_position}",
+        f"{'/'.join(map(str, model.config.memory_slots))}{shares}, positions by {model.config.memory_position}",
         "rows per point": arguments.rows,
         "seed": arguments.seed,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device.type}, {model.dtype}",

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
 from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_compressor, fit_salience
 from modeling_bwr_dnc.texts import python_manual, read_text_file
-from scripts.command_line import add_device, check_least, check_output, load_model, run
+from scripts.command_line import add_budget, add_device, check_least, check_output, load_model, run, use_budget
 
 # Steps of training compressors after which the adapter is written, whole as it is.
 SAVE_EVERY = 25
@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0004,
         help="retention of a slot over one that is 1,024 tokens older (0.0004)",
     )
-    parser.add_argument("--memory-slots", nargs=3, type=int, metavar="N", help="teach for another budget: raw, 2x, 4x")
+    add_budget(parser)
     add_device(parser)
     return parser
 
@@ -141,9 +141,7 @@ def train_memory(arguments: argparse.Namespace) -> None:
         model.config.salience_pooling = arguments.pooling
         model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
         model.config.attention_boost, model.config.salience_scale = 0.0, arguments.scale
-    if arguments.memory_slots is not None:
-        model.config.memory_slots = arguments.memory_slots
-    model.config.validate_architecture()
+    use_budget(model, arguments)
     if arguments.compressors_only and not arguments.compressor_steps:
         raise ValueError("--compressors-only leaves nothing to teach; say for how many --compressor-steps")
     if (

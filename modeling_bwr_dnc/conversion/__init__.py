@@ -2,7 +2,7 @@
 
 from modeling_bwr_dnc.conversion.checkpoint import Conversion, convert_checkpoint
 from modeling_bwr_dnc.conversion.llama_family import EqualityProof, converted_config, prove_equality, transfer_weights
-from modeling_bwr_dnc.conversion.memory_adapter import adapter_slots, load_memory_adapter, save_memory_adapter
+from modeling_bwr_dnc.conversion.memory_adapter import adapter_budget, load_memory_adapter, save_memory_adapter
 from modeling_bwr_dnc.conversion.smollm2 import obtain_smollm2
 from modeling_bwr_dnc.conversion.sources import Source, load_source
 
@@ -10,7 +10,7 @@ __all__ = [
     "Conversion",
     "EqualityProof",
     "Source",
-    "adapter_slots",
+    "adapter_budget",
     "convert_checkpoint",
     "converted_config",
     "load_memory_adapter",

@@ -17,7 +17,7 @@ from modeling_bwr_dnc.conversion.llama_family import (
     source_window,
     transfer_weights,
 )
-from modeling_bwr_dnc.conversion.memory_adapter import adapter_slots, load_memory_adapter
+from modeling_bwr_dnc.conversion.memory_adapter import adapter_budget, load_memory_adapter
 from modeling_bwr_dnc.conversion.model_card import write_model_card
 from modeling_bwr_dnc.conversion.sources import Source, load_source
 from modeling_bwr_dnc.memory_parameters import is_memory_parameter
@@ -45,7 +45,7 @@ class Conversion:
 
     Attributes:
         source: name of the folder, file or repository that was converted.
-        segment_length, num_sink_tokens, memory_slots, layer_types, dtype: what the converted model was given.
+        segment_length, num_sink_tokens, memory_slots, slot_shares, layer_types, dtype: what the converted model was given.
         lossless_length: tokens up to which it equals full attention.
         num_parameters: all parameters, tied ones once.
         num_memory_parameters: those of the memory, which the source does not have.
@@ -58,6 +58,7 @@ class Conversion:
     segment_length: int
     num_sink_tokens: int
     memory_slots: list[int]
+    slot_shares: list[float] | None
     layer_types: list[str]
     dtype: str
     lossless_length: int
@@ -92,7 +93,7 @@ def convert_checkpoint(
         source: a local folder, a Hub name or a `.gguf` file of a Llama, Mistral, Qwen2, Qwen3 or SmolLM model.
         output: the folder to write; it appears only when complete.
         segment_length, num_sink_tokens, memory_slots, layer_types, allow_sliding_window: see `converted_config`. Slots that are
-            `None` are those that the memory adapter is meant for, if it says so.
+            `None` are those that the memory adapter is meant for, layer by layer, if it says so.
         dtype: type of the saved weights; `None` keeps the source's (float32 for GGUF).
         memory_adapter: safetensors file of trained memory parameters, see `load_memory_adapter`.
         card: a model card to use as README.md; `None` writes one.
@@ -112,11 +113,17 @@ def convert_checkpoint(
     _check_replaceable(output, overwrite)
     card_text = None if card is None else read_text_file(card)
 
+    budget: dict = {"memory_slots": memory_slots}
     if memory_slots is None and memory_adapter is not None:
-        memory_slots = adapter_slots(memory_adapter)
+        budget = adapter_budget(memory_adapter)
     original = load_source(source, dtype)
     config = converted_config(
-        original.model.config, segment_length, num_sink_tokens, memory_slots, layer_types, allow_sliding_window
+        original.model.config,
+        segment_length,
+        num_sink_tokens,
+        layer_types=layer_types,
+        allow_sliding_window=allow_sliding_window,
+        **budget,
     )
     model = transfer_weights(original.model, config)
     adapted = [] if memory_adapter is None else load_memory_adapter(model, memory_adapter)
@@ -127,6 +134,7 @@ def convert_checkpoint(
         segment_length=config.segment_length,
         num_sink_tokens=config.num_sink_tokens,
         memory_slots=list(config.memory_slots),
+        slot_shares=config.slot_shares,
         layer_types=config.layer_types,
         dtype=str(model.dtype).removeprefix("torch."),
         lossless_length=config.lossless_length,

@@ -121,6 +121,7 @@ def converted_config(
     memory_slots: list[int] | None = None,
     layer_types: str | None = None,
     allow_sliding_window: bool = False,
+    slot_shares: list[float] | None = None,
 ) -> BwrDncConfig:
     """The BWR-DNC config that computes what `source` computes, until the bank overflows.
 
@@ -130,12 +131,18 @@ def converted_config(
         layer_types: pattern of "bank" and "window", repeated over the layers; `None` makes every layer a bank layer.
         allow_sliding_window: convert a source whose own sliding window is shorter than `lossless_length`; the result
             sees more than its source does and equals it only within that window.
+        slot_shares: see `BwrDncConfig`.
 
     Raises:
         ValueError: if the architecture or one of its settings has no equal in BWR-DNC.
     """
     _refuse_unequal(source)
-    budget = {"segment_length": segment_length, "num_sink_tokens": num_sink_tokens, "memory_slots": memory_slots}
+    budget = {
+        "segment_length": segment_length,
+        "num_sink_tokens": num_sink_tokens,
+        "memory_slots": memory_slots,
+        "slot_shares": slot_shares,
+    }
     fields = {name: getattr(source, name) for name in _SHARED_FIELDS}
     fields |= _LAYOUTS[source.model_type](source)
     fields |= {name: value for name, value in budget.items() if value is not None}

@@ -50,6 +50,7 @@ def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
         "model_type": model.config.model_type,
         "settings": json.dumps(settings),
         "memory_slots": json.dumps(list(model.config.memory_slots)),
+        "slot_shares": json.dumps(model.config.slot_shares),
     }
     try:
         save_file(tensors, partial, metadata=metadata)
@@ -63,7 +64,7 @@ def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
 def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     """
     Copy the adapter's tensors into the model, its settings into the model's config, and return the names of the tensors.
-    Memory parameters it lacks stay as they are, and so does the budget, `memory_slots`.
+    Memory parameters it lacks stay as they are, and so does the budget, `memory_slots` and `slot_shares`.
 
     Raises:
         ValueError: if the file cannot be read, holds a tensor that is no memory parameter of this model, holds one in
@@ -100,21 +101,31 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     return sorted(tensors)
 
 
-def adapter_slots(path: str | Path) -> list[int] | None:
-    """`memory_slots` that the adapter is meant for; `None` if it does not say.
+def adapter_budget(path: str | Path) -> dict[str, list]:
+    """`memory_slots` and `slot_shares` that the adapter is meant for; without what it does not say.
 
     Raises:
-        ValueError: if the file cannot be read, or what it says is no such list.
+        ValueError: if the file cannot be read, or what it says are no such lists.
     """
     with _opened(path) as file:
-        found = (file.metadata() or {}).get("memory_slots", "null")
-    try:
-        slots = json.loads(found)
-    except json.JSONDecodeError:
-        slots = found
-    if slots is not None and not (isinstance(slots, list) and [type(count) for count in slots] == [int] * 3):
-        raise ValueError(f"the memory adapter {path} is meant for the slots {found}, but they must be three counts")
-    return slots
+        metadata = file.metadata() or {}
+    budget = {}
+    for name, is_one, rule in (
+        ("memory_slots", lambda found: [type(count) for count in found] == [int] * 3, "three counts"),
+        ("slot_shares", lambda found: {type(share) for share in found} <= {int, float}, "numbers"),
+    ):
+        said = metadata.get(name, "null")
+        try:
+            found = json.loads(said)
+        except json.JSONDecodeError:
+            found = said
+        if found is not None and not (isinstance(found, list) and is_one(found)):
+            raise ValueError(
+                f"the memory adapter {path} is meant for {name} = {said}, but they must be a list of {rule}"
+            )
+        if found is not None:
+            budget[name] = found
+    return budget
 
 
 @contextmanager

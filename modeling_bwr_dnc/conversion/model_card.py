@@ -28,6 +28,9 @@ def write_model_card(path: Path, source, record) -> None:
 
 def _body(source, record, is_chat: bool) -> str:
     raw, twofold, fourfold = record.memory_slots
+    by_layer = ""
+    if record.slot_shares is not None:
+        by_layer = f", times {min(record.slot_shares):g} to {max(record.slot_shares):g} by layer"
     proof = f"Measured at conversion: {record.proof}." if record.proof else "This was not measured at conversion."
     adapter = (
         f"{len(record.memory_adapter)} memory tensors come from a trained adapter."
@@ -41,7 +44,7 @@ def _body(source, record, is_chat: bool) -> str:
     return f"""# {source.name}, converted to BWR-DNC
 
 The weights of `{source.name}` in a decoder whose past is bounded: every layer sees {record.num_sink_tokens} sink tokens, an exact
-window of {record.segment_length} to {2 * record.segment_length} tokens, and a StateBank of {raw} raw, {twofold} twofold and {fourfold} fourfold compressed slots. Memory per
+window of {record.segment_length} to {2 * record.segment_length} tokens, and a StateBank of {raw} raw, {twofold} twofold and {fourfold} fourfold compressed slots{by_layer}. Memory per
 sequence and time per token do not grow with the length read.
 
 Up to {record.lossless_length:,} tokens the model equals its source's full attention. {proof} {adapter}
@@ -57,8 +60,8 @@ generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
 print(generator({prompt}, max_new_tokens=40)[0]["generated_text"])
 ```
 
-The memory budget is a run-time setting: pass `segment_length=`, `memory_slots=[raw, 2x, 4x]` or `num_sink_tokens=` to
-`from_pretrained`.
+The memory budget is a run-time setting: pass `segment_length=`, `memory_slots=[raw, 2x, 4x]` (the same in every layer) or
+`num_sink_tokens=` to `from_pretrained`.
 
 ## Limits
 
@@ -72,6 +75,6 @@ The memory budget is a run-time setting: pass `segment_length=`, `memory_slots=[
 |---|---|
 | parameters | {record.num_parameters:,}, of which memory {record.num_memory_parameters:,} |
 | weights | {record.dtype} |
-| segment, sinks, slots | {record.segment_length}, {record.num_sink_tokens}, {raw}/{twofold}/{fourfold} |
+| segment, sinks, slots | {record.segment_length}, {record.num_sink_tokens}, {raw}/{twofold}/{fourfold}{by_layer} |
 | lossless length | {record.lossless_length:,} tokens |
 """

@@ -107,10 +107,9 @@ def build_mamba2(config: BwrDncConfig) -> PreTrainedModel:
     return Mamba2ForCausalLM(of_depth(max(round(1 + (target - one) / (two - one)), 1)))
 
 
-def prefix_lengths(config: BwrDncConfig, layer_type: str, num_segments: int) -> list[int]:
-    """Entries before the window (sinks and slots) that each of a sequence's first segments sees."""
-    length, has_slots = config.segment_length, layer_type == "state_bank_attention" and config.use_memory
-    capacity = config.memory_slots if has_slots else (0, 0, 0)
+def prefix_lengths(config: BwrDncConfig, layer_idx: int, num_segments: int) -> list[int]:
+    """Entries before the window (sinks and slots) that each of a sequence's first segments sees in a layer."""
+    length, capacity = config.segment_length, config.layer_slots(layer_idx) if config.use_memory else (0, 0, 0)
     sinks, counts, lengths = 0, [0, 0, 0], []
     for segment in range(num_segments):
         if segment >= 2:
@@ -130,9 +129,9 @@ def visible_to_bwr_dnc(config: BwrDncConfig, num_positions: int) -> np.ndarray:
     segment = positions // length
     in_window = positions - np.maximum(segment - 1, 0) * length + 1
     total = np.zeros(num_positions, dtype=np.int64)
-    for layer_type in set(config.layer_types):
-        prefix = np.array(prefix_lengths(config, layer_type, -(-num_positions // length)), dtype=np.int64)
-        total += config.layer_types.count(layer_type) * (prefix[segment] + in_window)
+    for layer_idx in range(config.num_hidden_layers):
+        prefix = np.array(prefix_lengths(config, layer_idx, -(-num_positions // length)), dtype=np.int64)
+        total += prefix[segment] + in_window
     return total
 
 

@@ -37,11 +37,12 @@ def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
     if policy == "memory":
         return {}
     if policy == "full":
-        return {"use_memory": True, "memory_slots": [max(length, sum(config.memory_slots)), 0, 0]}
+        return {"use_memory": True, "memory_slots": [max(length, sum(config.memory_slots)), 0, 0], "slot_shares": None}
     if policy == "window":
         return {"use_memory": False}
     if policy == "equal_slot_window":
-        return {"memory_slots": [sum(config.memory_slots), 0, 0], "retention_score": "recency", **UNSALIENT}
+        slots = {"memory_slots": [sum(config.memory_slots), 0, 0], "slot_shares": None}
+        return slots | {"retention_score": "recency", **UNSALIENT}
     if policy == "random":
         return {"retention_score": "random", **UNSALIENT}
     if policy == "raw":

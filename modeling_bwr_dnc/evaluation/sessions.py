@@ -46,7 +46,8 @@ def measure_sessions(
     """
 
     def ask(cache: StateBankCache, facts: list[Fact], settings: dict) -> list[tuple[Answer, bool]]:
-        settings = {"memory_slots": list(model.config.memory_slots), **settings}
+        budget = {"memory_slots": list(model.config.memory_slots), "slot_shares": model.config.slot_shares}
+        settings = budget | settings
         here = [answer_logits(model, tokenizer, cache, fact).cpu() for fact in facts]
         there = answered_elsewhere(cache, facts, model_name, settings, model.device)
         return [

@@ -342,7 +342,7 @@ def _shortened(setting: TrainingSetting) -> TrainingSetting:
     if setting.span_length is None or setting.gradient_spans == 0:
         return setting
     config = model_config(setting)
-    slots = config.memory_slots
+    slots = max(map(config.layer_slots, range(config.num_hidden_layers)))
     full = config.num_sink_tokens + slots[0] + 2 * slots[1] + 4 * slots[2] + 3 * config.segment_length
     num_spans = -(-full // setting.span_length) + 2 * setting.gradient_spans
     return replace(setting, sequence_length=min(setting.sequence_length, num_spans * setting.span_length))

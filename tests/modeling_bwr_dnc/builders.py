@@ -81,6 +81,7 @@ def random_config(seed: int, max_segment: int = 12, max_slots: int = 20, **fixed
         "segment_length": draw.randint(4, max_segment),
         "num_sink_tokens": draw.randint(0, 5),
         "memory_slots": [count * use for count, use in zip(slots, used, strict=True)],
+        "slot_shares": draw.choice([None, None, [draw.choice([0.6, 1, 1.7]) for _ in range(num_layers)]]),
         "memory_position": draw.choice(["rank", "rank", "constant"]),
         "short_conv_kernel": draw.choice([0, 0, 3]),
         "use_qk_norm": draw.random() < 0.3,
@@ -110,7 +111,7 @@ def token_ids(count: int, seed: int = 0) -> Tensor:
 
 def overflowing_length(config: BwrDncConfig, rest: int = 1) -> int:
     """Enough tokens to fill every level, have some forgotten, and stop `rest` tokens after a boundary."""
-    raw, pairs, fours = config.memory_slots
+    raw, pairs, fours = max(map(config.layer_slots, range(config.num_hidden_layers)))
     needed = config.num_sink_tokens + raw + 2 * pairs + 4 * fours
     return (min(needed, 200) // config.segment_length + 4) * config.segment_length + rest
 
@@ -192,7 +193,7 @@ def _reference_attention(attention, inputs, ids, inv_freq, kind, config):
         delta, complexity = (inputs @ memory.salience.weight.T).T, 4 + (inputs @ memory.routing.weight.T).T
         delta = delta if config.use_salience else torch.zeros_like(delta)
         complexity = complexity if config.use_routing else torch.full_like(complexity, 4.0)
-        merge, slots = _reference_merge(memory.compressor, config), config.memory_slots
+        merge, slots = _reference_merge(memory.compressor, config), config.layer_slots(attention.layer_idx)
     else:
         delta, complexity = inputs.new_zeros(keys.shape[:2]), inputs.new_full(queries.shape[:2], 4.0)
         merge, slots = None, [0, 0, 0]

@@ -233,7 +233,8 @@ def test_equals_llama_up_to_the_lossless_length_and_not_beyond(seed):
     source = exact_llama(LlamaConfig(**{name: getattr(config, name) for name in names}))
     source.load_state_dict({name: value for name, value in model.state_dict().items() if ".memory." not in name})
 
-    raw, sinks, segment = config.memory_slots[0], config.num_sink_tokens, config.segment_length
+    raw = min(config.layer_slots(index)[0] for index in range(config.num_hidden_layers))
+    sinks, segment = config.num_sink_tokens, config.segment_length
     assert config.lossless_length == (raw + sinks) // segment * segment + 2 * segment
     ids = token_ids(config.lossless_length + 1, seed)
     with torch.no_grad():

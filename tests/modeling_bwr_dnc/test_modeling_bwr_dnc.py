@@ -40,6 +40,10 @@ def model():
         ({"memory_slots": [0, 4, 2]}, "memory_slots"),
         ({"memory_slots": [4, 2]}, "memory_slots"),
         ({"memory_slots": [4, -2, 1]}, "memory_slots"),
+        ({"slot_shares": [1.0]}, "slot_shares"),
+        ({"slot_shares": [1.0, float("nan")]}, "slot_shares"),
+        ({"slot_shares": [1.0, 0.01]}, "at least one raw slot"),
+        ({"slot_shares": [1.0, 50.0]}, "max_position_embeddings"),
         ({"segment_length": 0}, "segment_length"),
         ({"salience_pooling": 4}, "salience_pooling"),
         ({"salience_boost": -1.0}, "salience_boost"),
@@ -83,6 +87,20 @@ def test_settings_left_open_fit_the_trained_positions():
         config = BwrDncConfig(max_position_embeddings=positions)
         assert config.num_sink_tokens + sum(config.memory_slots) + 2 * config.segment_length <= positions
     assert (config.segment_length, config.memory_slots) == (256, [512, 256, 128])
+
+
+def test_layers_share_the_slots_out_until_others_are_given(tmp_path):
+    model = small_model(memory_slots=[6, 4, 2], slot_shares=[0.5, 1.5], segment_length=4, num_sink_tokens=2)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert [config.layer_slots(index) for index in range(2)] == [(3, 2, 1), (9, 6, 3)]
+    assert config.max_keys == 2 + 18 + 8 and config.lossless_length == 4 + 8
+    cache = model(torch.ones(1, 200, dtype=torch.int64), use_cache=True).past_key_values
+    assert [line["capacity"] for line in cache.memory_report()] == [3, 2, 1, 9, 6, 3]
+    same = BwrDncForCausalLM.from_pretrained(tmp_path, memory_slots=[6, 4, 2]).config
+    assert same.slot_shares is None and same.layer_slots(0) == same.layer_slots(1) == (6, 4, 2)
+    others = AutoConfig.from_pretrained(tmp_path, memory_slots=[6, 4, 2], slot_shares=[2, 1])
+    assert [others.layer_slots(index)[0] for index in range(2)] == [12, 6]
 
 
 def test_historical_names_are_other_names():

@@ -163,7 +163,7 @@ def test_cuda_is_refused_without_a_device(assert_refused):
 def test_entries_counted_are_those_that_the_model_holds(small_config, layer_type):
     model = BwrDncForCausalLM(small_config).eval()
     layer, num_segments = small_config.layer_types.index(layer_type), 12
-    counted = prefix_lengths(small_config, layer_type, num_segments)
+    counted = prefix_lengths(small_config, layer, num_segments)
     with torch.no_grad():
         for segment in range(num_segments):
             ids = torch.zeros(1, segment * small_config.segment_length + 1, dtype=torch.int64)

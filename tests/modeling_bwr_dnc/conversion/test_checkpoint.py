@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from modeling_bwr_dnc.conversion import adapter_slots, convert_checkpoint, load_memory_adapter, save_memory_adapter
+from modeling_bwr_dnc.conversion import adapter_budget, convert_checkpoint, load_memory_adapter, save_memory_adapter
 from tests.tiny_sources import CONFIGS, SIZES, random_source, save_gguf, save_source
 
 BUDGET = {"segment_length": 8, "num_sink_tokens": 2, "memory_slots": [24, 8, 4]}
@@ -119,16 +119,20 @@ def test_slots_are_those_given_or_those_the_adapter_is_meant_for(source, tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     torch.nn.init.normal_(model.get_parameter("model.layers.1.self_attn.memory.salience.weight"))
     adapter = tmp_path / "adapter.safetensors"
+    shares = [0.5, *[1.5] * (model.config.num_hidden_layers - 1)]
+    model.config.slot_shares = shares
     save_memory_adapter(model, adapter)
     others = {name: value for name, value in BUDGET.items() if name != "memory_slots"}
     taken = convert_checkpoint(source, tmp_path / "taken", **others, memory_adapter=adapter)
-    assert taken.memory_slots == BUDGET["memory_slots"] == adapter_slots(adapter)
+    assert adapter_budget(adapter) == {"memory_slots": BUDGET["memory_slots"], "slot_shares": shares}
+    assert (taken.memory_slots, taken.slot_shares) == (BUDGET["memory_slots"], shares)
+    assert "times 0.5 to 1.5 by layer" in (tmp_path / "taken" / "README.md").read_text()
     assert taken.proof.length == taken.lossless_length == model.config.lossless_length
     given = convert_checkpoint(source, tmp_path / "given", **others, memory_slots=[9, 0, 0], memory_adapter=adapter)
-    assert given.memory_slots == [9, 0, 0]
+    assert (given.memory_slots, given.slot_shares) == ([9, 0, 0], None)
     save_file(load_file(adapter), adapter)
     unsaid = convert_checkpoint(source, tmp_path / "unsaid", **others, memory_adapter=adapter)
-    assert unsaid.memory_slots[1:] == [0, 0] and adapter_slots(adapter) is None
+    assert unsaid.memory_slots[1:] == [0, 0] and adapter_budget(adapter) == {}
 
 
 def test_model_card_has_valid_metadata_and_the_measured_difference(source, tmp_path):

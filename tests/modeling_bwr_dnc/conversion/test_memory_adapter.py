@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_bwr_dnc.conversion import (
-    adapter_slots,
+    adapter_budget,
     converted_config,
     load_memory_adapter,
     prove_equality,
@@ -101,7 +101,15 @@ def test_slots_that_are_none_are_refused(adapter, slots):
     path, _ = adapter
     save_file(load_file(path), path, metadata={"memory_slots": slots})
     with pytest.raises(ValueError, match="three counts"):
-        adapter_slots(path)
+        adapter_budget(path)
+
+
+@pytest.mark.parametrize("shares", ["[1, ", "0.5", '[1, "2"]', "[true, 1]"])
+def test_shares_that_are_none_are_refused(adapter, shares):
+    path, _ = adapter
+    save_file(load_file(path), path, metadata={"slot_shares": shares})
+    with pytest.raises(ValueError, match="list of numbers"):
+        adapter_budget(path)
 
 
 def test_model_without_banks_has_no_adapter(tmp_path):

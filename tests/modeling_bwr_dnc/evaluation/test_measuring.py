@@ -116,10 +116,12 @@ def test_slots_are_shared_out_in_the_proportions_of_others():
     assert shared_out(192, [768, 0, 0]) == shared_out(192, [0, 0, 0]) == [192, 0, 0]
 
 
-def test_full_attention_is_a_model_whose_slots_never_overflow(model, input_ids):
+@pytest.mark.parametrize("shares", [None, [0.5, 1.5]])
+def test_full_attention_is_a_model_whose_slots_never_overflow(model, input_ids, shares):
+    model.config.slot_shares = shares
     with settings_changed(model, **policy_settings(model, "full", 70)):
         losses = token_losses(model, input_ids)
-    with settings_changed(model, segment_length=128):
+    with settings_changed(model, segment_length=128, slot_shares=None):
         expected = token_losses(model, input_ids)
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
 
