@@ -243,7 +243,7 @@ def lay_out(
         layout.sequences = [Sequences(everything, counts, keeps_state=[True] * batch_size)]
         layout.active = [count == 1 for count in counts]
         return layout
-    # (row, columns, whether it starts anew, whether it is the last of its row)
+    # By whether they start anew, and where they stand: (row, columns, whether it is the last of its row).
     documents: dict[tuple, list[tuple[int, torch.Tensor, bool]]] = {}
     for row, columns in enumerate(real_columns):
         begins = [] if starts is None else starts[row][columns].nonzero().squeeze(-1).tolist()

@@ -221,7 +221,6 @@ class BwrDncConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Rules between fields. Raises `ValueError` with the value, the rule and the remedy."""
-        require = _require
         require(self.num_attention_heads >= 1, "num_attention_heads", self.num_attention_heads, "be at least 1")
         require(
             self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
@@ -314,8 +313,8 @@ class BwrDncConfig(PreTrainedConfig):
     def validate_layer_type(self):
         """Layer types are our own; the library's list does not know them."""
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
-        _require(not unknown, "layer_types", unknown, f"be one of {LAYER_TYPES}")
-        _require(
+        require(not unknown, "layer_types", unknown, f"be one of {LAYER_TYPES}")
+        require(
             len(self.layer_types) == self.num_hidden_layers,
             "layer_types",
             f"{len(self.layer_types)} entries",
@@ -323,7 +322,8 @@ class BwrDncConfig(PreTrainedConfig):
         )
 
 
-def _require(holds: bool, name: str, value, rule: str) -> None:
+def require(holds: bool, name: str, value, rule: str) -> None:
+    """Raises `ValueError` with the value, the rule and the remedy unless the rule holds."""
     if not holds:
         raise ValueError(f"`{name}` is {value!r}, but must {rule}.")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 import torch.nn.functional as F
 
-from .memory_ops import QUERY_STRIDE, BankSettings, Entries
+from .memory_ops import ENTRY_COLUMNS, QUERY_STRIDE, BankSettings, Entries
 
 # Multiplier of the rolling hash of token ids (odd, so that it can be undone), modulo 2**64.
 HASH_BASE = 6364136223846793005
@@ -154,7 +154,7 @@ class BankState:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, those of `entries` with a dotted one."""
         named = {item.name: getattr(self, item.name) for item in fields(self)}
-        named |= {f"entries.{item.name}": getattr(self.entries, item.name) for item in fields(self.entries)}
+        named |= {f"entries.{name}": getattr(self.entries, name) for name in ENTRY_COLUMNS}
         return {name: tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[RowState] | None = None) -> "BankState":
@@ -218,8 +218,7 @@ class BankState:
         rows = [replace(row) for state in states for row in state.rows]
         names = [name for name in states[0].tensors() if "." not in name]
         joined = {name: torch.cat([getattr(state, name) for state in states]) for name in names}
-        columns = [item.name for item in fields(Entries)]
-        entries = Entries(*(torch.cat([getattr(state.entries, name) for state in states]) for name in columns))
+        entries = Entries(*(torch.cat([getattr(state.entries, name) for state in states]) for name in ENTRY_COLUMNS))
         return replace(states[0], rows=rows, entries=entries, **joined)
 
     def replaced(self, indices: list[int], other: "BankState") -> "BankState":

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 
 from .configuration_bwr_dnc import LAYER_TYPES, BwrDncConfig
 from .layer_state import BankState, RowState, shorten_history
-from .memory_ops import MASKED, QUERY_STRIDE, BankSettings, Entries
+from .memory_ops import ENTRY_COLUMNS, MASKED, QUERY_STRIDE, BankSettings, Entries
 
 STATE_FILE = "state_bank.json"
 FORMAT_VERSION = 1
@@ -474,11 +474,15 @@ class StateBankCache(Cache):
         """
         if not 0 <= start < end:
             raise ValueError(f"`pin` got the span [{start}, {end}), but needs 0 <= start < end, in token positions.")
-        for state in self._banks("pin"):
+        banks = [state for state in self.states if any(state.settings.memory_slots)]
+        if not banks:
+            raise ValueError("`pin` needs a cache that a model with memory slots has read into; read first.")
+        pinned = []
+        for state in banks:
             for index in range(len(state.rows)) if row is None else [row]:
-                counters, settings = state.rows[index], state.settings
-                pinned = replace(counters, pinned=(*counters.pinned, (start, end)))
-                count = pinned.num_pinned(settings.num_sink_tokens)
+                settings = state.settings
+                counters = replace(state.rows[index], pinned=(*state.rows[index].pinned, (start, end)))
+                count = counters.num_pinned(settings.num_sink_tokens)
                 if count > settings.memory_slots[0]:
                     raise ValueError(
                         f"`pin` would hold {count} tokens, but a layer has {settings.memory_slots[0]} raw slots; pin a shorter "
@@ -492,9 +496,9 @@ class StateBankCache(Cache):
                         f"`pin` got the span [{start}, {end}), but part of it has been compressed or forgotten already; pin a "
                         "span before it leaves the raw slots."
                     )
-        for state in self._banks("pin"):
-            for index in range(len(state.rows)) if row is None else [row]:
-                state.rows[index] = replace(state.rows[index], pinned=(*state.rows[index].pinned, (start, end)))
+                pinned.append((state, index, counters))
+        for state, index, counters in pinned:
+            state.rows[index] = counters
 
     def forget(self, start: int, end: int, row: int | None = None) -> None:
         """
@@ -511,12 +515,6 @@ class StateBankCache(Cache):
             if layer.state is not None:
                 layer.state = _forget_span(layer.state, start, end, row)
                 layer.journal = []
-
-    def _banks(self, operation: str) -> list[BankState]:
-        banks = [state for state in self.states if any(state.settings.memory_slots)]
-        if not banks:
-            raise ValueError(f"`{operation}` needs a cache that a model with memory slots has read into; read first.")
-        return banks
 
     # ----------------------------------------------------------------------------------------------------------- files
 
@@ -787,7 +785,7 @@ def _state_from_files(description: dict, tensors: dict[str, torch.Tensor], index
     ]
     prefix = f"{index}."
     named = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    entries = Entries(**{item.name: named.pop(f"entries.{item.name}") for item in fields(Entries)})
+    entries = Entries(*(named.pop(f"entries.{name}") for name in ENTRY_COLUMNS))
     return BankState(settings=BankSettings(**settings), rows=rows, entries=entries, **named)
 
 

@@ -12,14 +12,9 @@ from typing import ClassVar, Self
 import numpy as np
 from datasets import IterableDataset
 
+from ..configuration_bwr_dnc import require
 from ..field_types import check_types
 from ..token_loss import IGNORED
-
-
-def require(holds: bool, name: str, value, rule: str) -> None:
-    """Raises `ValueError` with the value, the rule and the remedy unless the rule holds."""
-    if not holds:
-        raise ValueError(f"`{name}` is {value!r}, but must {rule}.")
 
 
 @dataclass(frozen=True, kw_only=True)
