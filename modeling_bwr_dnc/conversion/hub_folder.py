@@ -102,11 +102,9 @@ def stage_model_folder(folder: str | Path, staging: str | Path) -> list[Path]:
     return sorted(staging.iterdir())
 
 
-def upload_model_folder(
-    staging: str | Path, repo_id: str, private: bool = False, message: str = "Upload BWR-DNC model"
-) -> str:
+def upload_model_folder(staging: str | Path, repo_id: str, private: bool = False) -> str:
     """Upload a staged folder to the Hub, where it becomes `repo_id`; returns its address."""
     api = HfApi()
     address = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message=message)
+    api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message="Upload BWR-DNC model")
     return str(address)

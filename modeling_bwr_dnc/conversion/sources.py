@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -45,10 +44,6 @@ class Source:
     base_model: str | None = None
     license: str | None = None
     languages: tuple[str, ...] = ()
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        return self.model.generation_config
 
 
 def load_source(source: str | Path, dtype: torch.dtype | None = None) -> Source:

@@ -53,6 +53,8 @@ READING_MEMORY_LENGTHS = (2048, 16384, 131072)
 WARM_UP_LENGTH = 512
 WARM_UP_TOKENS = 2
 COLD_START_TOKENS = 8
+# Of the rounds of one measurement, and of one model in one round.
+POINT_SECONDS = 150.0
 
 # Runs in a new process and imports nothing but what it measures.
 COLD_START = """
@@ -217,17 +219,14 @@ def memory_of_reading(settings: Settings, name: str, length: int) -> dict:
 class Benchmark:
     """Measures within a time limit; what it cannot reach is named in `skipped`."""
 
-    def __init__(
-        self, settings: Settings, minutes: float, point_seconds: float = 150.0, say: Callable[[str], None] = print
-    ):
+    def __init__(self, settings: Settings, minutes: float, say: Callable[[str], None] = print):
         """
         Args:
             minutes: no measurement is begun that would probably end later than this.
-            point_seconds: of the rounds of one measurement, and of one model in one round.
             say: told of every measurement when it is done.
         """
         settings.apply()
-        self.settings, self.point_seconds, self.say = settings, point_seconds, say
+        self.settings, self.say = settings, say
         self.began, self.deadline = time.perf_counter(), time.perf_counter() + 60 * minutes
         self.load = machine.OtherLoad()
         self.measurements: list[dict] = []
@@ -302,7 +301,7 @@ class Benchmark:
         left = self.deadline - time.perf_counter()
         for name in self.settings.models:
             expected = self._expected(like, name, length, batch_size)
-            limit = left if what == "memory" and name == OURS else min(self.point_seconds, left)
+            limit = left if what == "memory" and name == OURS else min(POINT_SECONDS, left)
             longest = PEERS[name].longest_training if like == "train" else None
             reason = None
             if left < 0:
@@ -326,19 +325,19 @@ class Benchmark:
         self.say(f"{what} {name} {length:,} x {batch_size} {note}: skipped, {reason}")
 
     def _seconds_left(self) -> Callable[[], float]:
-        end = min(time.perf_counter() + self.point_seconds, self.deadline)
+        end = min(time.perf_counter() + POINT_SECONDS, self.deadline)
         return lambda: end - time.perf_counter()
 
     # ----------------------------------------------------------------------------------------------------------- timing
 
-    def training(self, length: int, batch_size: int = 1, loss_kind: str = "plain") -> None:
-        """Training steps of every model."""
+    def training(self, length: int, batch_size: int = 1) -> None:
+        """Training steps of every model, with its own loss."""
         settings = self.settings
         ids, names = settings.token_ids(batch_size, length), self._affordable("train", "train", length, batch_size)
         optimizers = {name: new_optimizer(self.model(name), settings.optimizer) for name in names}
 
         def step_of(name: str, inputs: torch.Tensor) -> float:
-            return settings.timed(lambda: training_step(self.model(name), inputs, loss_kind, optimizers[name]))
+            return settings.timed(lambda: training_step(self.model(name), inputs, "plain", optimizers[name]))
 
         for name in names:
             self._warm_up(("train", name, length), partial(step_of, name, ids[:1, :WARM_UP_LENGTH]))
@@ -346,7 +345,7 @@ class Benchmark:
         for name, rounds in in_turns(tasks, settings.rounds, self._seconds_left()).items():
             flops = 3 * batch_size * forward_flops(PEERS[name], self.model(name), settings.config, length, length)
             self._note(
-                "train", name, length, batch_size, rounds, loss=loss_kind, gemm_share=self._gemm_share(flops, rounds)
+                "train", name, length, batch_size, rounds, loss="plain", gemm_share=self._gemm_share(flops, rounds)
             )
 
     def reading(

@@ -4,7 +4,7 @@ Measuring a language model on long input, in blocks, so that memory does not gro
 Shapes: `B` rows, `T` tokens, `V` ids.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -66,34 +66,22 @@ def predicted_answers(
     return answers
 
 
-def task_accuracy(
-    model: PreTrainedModel,
-    task: Task,
-    num_rows: int,
-    batch_size: int = 8,
-    block_length: int = BLOCK_LENGTH,
-    on_rows: Callable[[int], object] | None = None,
-) -> dict[str, float]:
+def task_accuracy(model: PreTrainedModel, task: Task, num_rows: int, batch_size: int = 8) -> dict[str, float]:
     """
     `exact` and `token` accuracy, in [0, 1], and the number of `answers`, on rows 0 to `num_rows` of a task.
 
     Labels without a gap are one answer; `exact` is the share of answers whose tokens are all right.
-
-    Args:
-        on_rows: called with the number of rows done after each batch.
     """
     predictions: list[list[int]] = []
     references: list[list[int]] = []
     for first in range(0, num_rows, batch_size):
         input_ids, labels = map(torch.from_numpy, task.batch(range(first, min(first + batch_size, num_rows))))
-        for said, row in zip(predicted_answers(model, input_ids, labels, block_length), labels):
+        for said, row in zip(predicted_answers(model, input_ids, labels), labels):
             places = (row != IGNORED).nonzero().squeeze(1)
             starts = ((places.diff() > 1).nonzero().squeeze(1) + 1).tolist()
             bounds = list(zip([0, *starts], [*starts, len(places)]))
             predictions += [said[start:stop] for start, stop in bounds]
             references += [row[places[start:stop]].tolist() for start, stop in bounds]
-        if on_rows is not None:
-            on_rows(len(input_ids))
     return answer_accuracy(predictions, references) | {"answers": len(references)}
 
 

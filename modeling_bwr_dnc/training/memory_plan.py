@@ -530,13 +530,6 @@ def _take_step(model: nn.Module, setting: TrainingSetting, tracker: LiveStorage)
 # ----------------------------------------------------------------------------------------------------------- measurement
 
 
-def process_memory() -> tuple[int, int]:
-    """Bytes of memory that this process has now, and the most it ever had (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmHWM"))}
-    return int(sizes["VmRSS"]) * 1024, int(sizes["VmHWM"]) * 1024
-
-
 @functools.lru_cache
 def process_baseline(quantization: str | None = None) -> int:
     """
@@ -561,7 +554,7 @@ def baseline_of(setting: TrainingSetting) -> int:
     return process_baseline(setting.quantization if setting.method == "qlora" else None)
 
 
-def measure_memory(setting: TrainingSetting, num_steps: int = 2, timeout: float | None = None) -> dict[str, float]:
+def measure_memory(setting: TrainingSetting, num_steps: int = 2) -> dict[str, float]:
     """
     Take real steps with `BwrDncTrainer` in a process of its own.
 
@@ -572,7 +565,7 @@ def measure_memory(setting: TrainingSetting, num_steps: int = 2, timeout: float 
     """
     command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(asdict(setting)), str(num_steps)]
     root = Path(__file__).parent.parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     if done.returncode != 0:
         raise RuntimeError(
             f"the measured process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
@@ -590,6 +583,7 @@ def _measure_here(setting: TrainingSetting, num_steps: int) -> dict[str, float]:
 
     from datasets import Dataset
 
+    from ..evaluation.machine import peak_memory
     from .arguments import BwrDncTrainingArguments
     from .data import RowCollator
     from .run import add_adapter, load_base
@@ -634,7 +628,7 @@ def _measure_here(setting: TrainingSetting, num_steps: int) -> dict[str, float]:
         trainer.train()
         seconds = (time.perf_counter() - start) / num_steps
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"peak": process_memory()[1], "seconds": seconds, "loss": losses[-1]}
+    return {"peak": peak_memory(), "seconds": seconds, "loss": losses[-1]}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def test_folder_gives_its_weights_tokenizer_and_generation_config(folder):
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in source.model.state_dict().items())
     assert source.tokenizer.chat_template is not None
-    assert source.generation_config.max_new_tokens == 7
+    assert source.model.generation_config.max_new_tokens == 7
 
 
 def test_metadata_of_the_card_is_kept(folder):

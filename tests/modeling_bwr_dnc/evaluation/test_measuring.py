@@ -74,7 +74,7 @@ def test_accuracy_counts_answers(model, monkeypatch):
     """Three answers of one token in a lookup, one of many in a copy; a wrong token spoils its answer only."""
     from modeling_bwr_dnc.evaluation import measuring
 
-    def almost_right(model, input_ids, labels, block_length):
+    def almost_right(model, input_ids, labels):
         answers = [row[row != IGNORED].tolist() for row in labels]
         answers[0][0] += 1
         return answers
