@@ -206,21 +206,15 @@ class PlannedReader(BankReader):
     """Reads with gradients, and leaves the state that it begins with as it was."""
 
     def read(self, tokens: Tokens, state: BankState):
-        if (
-            self.call.keeps_state
-            or any(self.settings.memory_slots)
-            or state.rows[0].num_slots
-            or state.holes is not None
-        ):
-            stretches, finished, plan = self._plan(tokens.map(lambda tensor: tensor.detach()), state)
+        """As in place, but `state` stays as it was."""
+        has_slots = any(self.settings.memory_slots) or state.rows[0].num_slots
+        if self.call.keeps_state or has_slots or state.holes is not None:
+            stretches, finished, merged = self._plan(tokens.map(lambda tensor: tensor.detach()), state)
         else:
-            stretches, finished, plan = (
-                self._count_stretches(len(tokens), state),
-                None,
-                Plan(state.window_ids, ([], [])),
-            )
-        pool = self._pool(tokens, state, plan)
-        num_raw, num_level1 = state.length() + len(tokens), sum(pairs.shape[2] for pairs in plan.pairs[0])
+            stretches, finished, merged = self._count_stretches(len(tokens), state), None, ([], [])
+        num_raw, num_level1 = state.length() + len(tokens), sum(pairs.shape[2] for pairs in merged[0])
+        pairs = [_resolved(torch.cat(level, dim=2), num_raw, num_level1) for level in merged if level]
+        pool = self._pool(tokens, state, pairs)
         groups = self._groups(stretches)
         cut = self._cut(tokens, state, groups, pool)
         slots = Slots(SharedGather(pool.keys), SharedGather(pool.values), SharedGather(pool.bias))
@@ -235,13 +229,13 @@ class PlannedReader(BankReader):
         if self.call.keeps_state:
             for index, (indices, part, source) in enumerate(finished.parts):
                 source = _resolved(source, num_raw, num_level1)
-                after_part = self._differentiable(part, source, indices, tokens, state, pool)
-                finished.parts[index] = (indices, after_part, None)
+                part = self._differentiable(part, source, indices, tokens, state, pool)
+                finished.parts[index] = (indices, part, None)
             after = finished.state()
         return joined(outputs), self.joined_weights(weights), after
 
-    def _plan(self, tokens: Tokens, state: BankState) -> tuple[list[PlannedStretch], "Finished", Plan]:
-        """Walk the segments on detached values; record what each sees and which pairs merge."""
+    def _plan(self, tokens: Tokens, state: BankState) -> tuple[list[PlannedStretch], Finished, tuple[list, list]]:
+        """Walk the segments on detached values; record what each sees and, see `Plan.pairs`, which pairs merge."""
         length, num_prefix = self.settings.segment_length, len(state.entries)
         first_position, shape = state.rows[0].window_start, state.entries.level.shape
         device = state.keys.device
@@ -270,7 +264,7 @@ class PlannedReader(BankReader):
                 stretches.append(PlannedStretch(start, stop, row, segment, *seen))
                 start = stop
                 finished.note(start, state, plan.source)
-        return stretches, finished, plan
+        return stretches, finished, plan.pairs
 
     def _count_stretches(self, num_tokens: int, state: BankState) -> list[PlannedStretch]:
         """The plan of a layer without slots, whose state is not wanted: before the window are the sinks."""
@@ -291,7 +285,8 @@ class PlannedReader(BankReader):
             start = stop
         return stretches
 
-    def _pool(self, tokens: Tokens, state: BankState, plan: Plan) -> Pool:
+    def _pool(self, tokens: Tokens, state: BankState, pairs: list[torch.Tensor]) -> Pool:
+        """All entries of the call; `pairs` [R, G, K, 2] of pool indices merge into level 1, then further ones into level 2."""
         held = state.length()
         in_window = held - len(state.entries)
         bias = torch.cat(
@@ -305,25 +300,20 @@ class PlannedReader(BankReader):
         keys = torch.cat((state.keys[:, :, :held], tokens.keys), dim=2)
         values = torch.cat((state.values[:, :, :held], tokens.values), dim=2)
         pool = Pool(keys, values, bias, mass)
-        num_raw, num_level1 = keys.shape[2], sum(pairs.shape[2] for pairs in plan.pairs[0])
-        for pairs in plan.pairs:
-            if pairs:
-                pool = pool.extended(_resolved(torch.cat(pairs, dim=2), num_raw, num_level1), self.compress)
+        for pairs_of_level in pairs:
+            pool = pool.extended(pairs_of_level, self.compress)
         return pool
 
     def _cut(self, tokens: Tokens, state: BankState, groups: list[list[PlannedStretch]], pool: Pool) -> Cut:
         length, num_raw, first = self.settings.segment_length, state.length() + len(tokens), len(state.entries)
         cos, sin = self.call.rotary.range(0, num_raw)
         queries = rotate(tokens.queries, cos[-len(tokens) :], sin[-len(tokens) :])
-        keys, values = (
-            rotate(pool.keys[:, :, first:num_raw], cos[first:], sin[first:]),
-            pool.values[:, :, first:num_raw],
-        )
+        keys, values = pool.keys[:, :, first:num_raw], pool.values[:, :, first:num_raw]
         counts = [sum(map(len, group)) for group in groups]
         return Cut(
             queries.split(counts, dim=2),
             tokens.complexity.split(counts, dim=2),
-            keys.split(length, dim=2),
+            rotate(keys, cos[first:], sin[first:]).split(length, dim=2),
             values.split(length, dim=2),
             first,
             (cos, sin),
@@ -397,23 +387,21 @@ class PlannedReader(BankReader):
         def rows_of(tensor):
             return tensor if len(indices) == len(self.counts) else tensor[indices]
 
-        num_prefix, row = source.shape[2], part.rows[0]
-        in_window = max(row.seen for row in part.rows) - row.window_start
-        first = len(state.entries) + row.window_start - state.rows[0].window_start
-        spare = 2 * self.settings.segment_length - in_window
-        before = take_entries(rows_of(pool.keys), source), take_entries(rows_of(pool.values), source)
-        window = (
-            rows_of(pool.keys)[:, :, first : first + in_window],
-            rows_of(pool.values)[:, :, first : first + in_window],
+        window_start = part.rows[0].window_start
+        in_window = max(row.seen for row in part.rows) - window_start
+        offset = window_start - state.rows[0].window_start
+        first, spare = len(state.entries) + offset, 2 * self.settings.segment_length - in_window
+        window, room = slice(first, first + in_window), (0, 0, 0, spare)
+        keys, values = (
+            F.pad(torch.cat((take_entries(held, source), held[:, :, window]), dim=2), room)
+            for held in (rows_of(pool.keys), rows_of(pool.values))
         )
-        keys, values = (F.pad(torch.cat(both, dim=2), (0, 0, 0, spare)) for both in zip(before, window, strict=True))
         salience = torch.cat(
             (state.window_salience[:, :, : state.length() - len(state.entries)], tokens.salience), dim=2
         )
-        offset = row.window_start - state.rows[0].window_start
         salience = F.pad(rows_of(salience)[:, :, offset : offset + in_window], (0, spare))
         entries = replace(part.entries, salience_bias=take_entries(rows_of(pool.bias), source))
-        assert entries.level.shape[2] == num_prefix
+        assert len(entries) == source.shape[2]
         after = replace(part, keys=keys, values=values, window_salience=salience, entries=entries)
         return after if len(set(self.counts)) == 1 else after.cleared()
 
