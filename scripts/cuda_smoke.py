@@ -36,12 +36,11 @@ def cuda_smoke(arguments: argparse.Namespace) -> None:
 
 
 def passes(check: Callable[[], str]) -> bool:
+    passed = False
     try:
-        outcome = check()
+        outcome, passed = check(), True
     except Exception as error:
-        outcome, passed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
-    else:
-        passed = True
+        outcome = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     print(f"{'ok    ' if passed else 'FAILED'} {check.__name__}: {outcome}")
     return passed
 

@@ -155,14 +155,11 @@ def heading(text: str) -> None:
 
 def prepare_model(folder: Path) -> None:
     """Convert SmolLM2 into `folder`, unless this version of code, card and adapter has done so before."""
-    code, record_file = list(folder.glob("*.py")), folder / RECORD_FILE
-    is_current = all(path.read_bytes() == (PACKAGE / path.name).read_bytes() for path in code)
-    if (
-        record_file.is_file()
-        and code
-        and is_current
-        and not any(is_newer(path, record_file) for path in (CARD, ADAPTER))
-    ):
+    code, record_file = {path.name: path.read_bytes() for path in folder.glob("*.py")}, folder / RECORD_FILE
+    is_current = record_file.is_file() and code == {
+        path.name: path.read_bytes() for path in PACKAGE.glob("*.py") if path.name in code
+    }
+    if is_current and code and not any(is_newer(path, record_file) for path in (CARD, ADAPTER)):
         record = json.loads(record_file.read_text(encoding="utf-8"))
         print(f"{folder} was converted before, from {record['source']}; reusing it.")
         return
@@ -179,16 +176,8 @@ def is_newer(path: Path, other: Path) -> bool:
 
 def resume_elsewhere(model, tokenizer, cache, folder: Path, state: Path) -> None:
     """Continue the saved memory in a new process, and compare with continuing here."""
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.generate",
-        "--model",
-        str(folder.resolve()),
-        "--state",
-        str(state.resolve()),
-    ]
-    command += ["--prompt", RESUMED_PROMPT, "--max-new-tokens", "32", "--device", DEVICE]
+    command = [sys.executable, "-m", "scripts.generate", "--prompt", RESUMED_PROMPT, "--max-new-tokens", "32"]
+    command += ["--model", str(folder.resolve()), "--state", str(state.resolve()), "--device", DEVICE]
     there = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     if there.returncode != 0:
         raise ValueError(f"the new process failed: {there.stderr.strip().splitlines()[-1]}")

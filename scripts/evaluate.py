@@ -50,7 +50,6 @@ from scripts.command_line import (
 )
 
 TEXT_MEASURES = ("loss", "passkey", "needle", "facts", "sessions", "budgets")
-MEASURES = (*TEXT_MEASURES, "accuracy", "pairs")
 # Written beside a model that was trained on a task.
 TASK_FILE = "task.json"
 
@@ -61,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder or Hub name")
     parser.add_argument("--output", required=True, help="folder to write the results into")
-    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=["loss", "passkey"])
+    parser.add_argument("--measures", nargs="+", choices=MEASURING, default=["loss", "passkey"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096], help="in tokens")
     parser.add_argument(
         "--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 is far, 1 is near"
@@ -107,8 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     check_least(arguments, lengths=2, rows=1, pairs=1, slots=0, budgets=1, full_limit=0)
     check_output(arguments.output)
-    text_measures = [name for name in arguments.measures if name in TEXT_MEASURES]
-    if text_measures:
+    if set(arguments.measures) & set(TEXT_MEASURES):
         model, tokenizer = load_model(arguments.model, arguments.device)
     else:
         model, tokenizer = load_bare_model(arguments.model, arguments.device), None
@@ -139,23 +137,23 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
-def _text(arguments: argparse.Namespace) -> str:
-    return python_manual() if arguments.text is None else read_text_file(arguments.text)
+def _token_ids(arguments: argparse.Namespace, tokenizer) -> list[int]:
+    text = python_manual() if arguments.text is None else read_text_file(arguments.text)
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def _loss(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    text = _text(arguments)
-    input_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
-    longest = max(arguments.lengths)
-    if input_ids.shape[1] < longest:
+    token_ids, longest = _token_ids(arguments, tokenizer), max(arguments.lengths)
+    if len(token_ids) < longest:
         raise ValueError(
-            f"the text has {input_ids.shape[1]} tokens, but --lengths asks for {longest}; give a longer --text"
+            f"the text has {len(token_ids)} tokens, but --lengths asks for {longest}; give a longer --text"
         )
     edges, edge = [0], 256
     while edge < longest:
         edges.append(edge)
         edge *= 2
-    return {"loss_by_position": measure_loss(model, input_ids[:, :longest], policies, edges, arguments.full_limit)}
+    input_ids = torch.tensor([token_ids[:longest]])
+    return {"loss_by_position": measure_loss(model, input_ids, policies, edges, arguments.full_limit)}
 
 
 def _passkey(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
@@ -169,14 +167,13 @@ def _needle(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
 
 
 def _facts(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    text = _text(arguments)
-    token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    token_ids = _token_ids(arguments, tokenizer)
     options = {"num_texts": arguments.rows, "seed": arguments.seed, "full_limit": arguments.full_limit}
     return {"facts": measure_recall(model, tokenizer, token_ids, policies, arguments.lengths, **options)}
 
 
 def _sessions(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    token_ids = tokenizer(_text(arguments), add_special_tokens=False, verbose=False).input_ids
+    token_ids = _token_ids(arguments, tokenizer)
     options = {"num_texts": arguments.rows, "seed": arguments.seed, "full_limit": arguments.full_limit}
     records = measure_sessions(
         model, tokenizer, token_ids, policies, arguments.lengths, model_name=arguments.model, **options
@@ -189,7 +186,7 @@ def _sessions(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
 
 
 def _budgets(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    token_ids = tokenizer(_text(arguments), add_special_tokens=False, verbose=False).input_ids
+    token_ids = _token_ids(arguments, tokenizer)
     length, options = max(arguments.lengths), {"num_texts": arguments.rows, "seed": arguments.seed}
 
     def say(point: dict) -> None:

@@ -127,16 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
 def train_memory(arguments: argparse.Namespace) -> None:
     # Small gradients decay into denormal numbers, which CPUs compute with many times slower.
     torch.set_flush_denormal(True)
-    if Path(arguments.output).exists():
-        raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
-    check_least(arguments, boost_steps=0, compressor_steps=0, repeats=0, stretch=2)
-    check_output(Path(arguments.output).parent)
+    check(arguments)
     model, tokenizer = load_model(arguments.model, arguments.device)
-    if arguments.tokens < 1 or not all(0 < x < float("inf") for x in (arguments.scale, arguments.learning_rate)):
-        raise ValueError(
-            f"--tokens is {arguments.tokens}, --scale {arguments.scale} and --learning-rate {arguments.learning_rate}, but all "
-            "must be positive"
-        )
     if not arguments.compressors_only:
         model.config.salience_pooling = arguments.pooling
         model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
@@ -144,15 +136,6 @@ def train_memory(arguments: argparse.Namespace) -> None:
     use_budget(model, arguments)
     if arguments.compressors_only and not arguments.compressor_steps:
         raise ValueError("--compressors-only leaves nothing to teach; say for how many --compressor-steps")
-    if (
-        not 0 < arguments.share <= 1
-        or not 0 <= arguments.fact_share <= 1
-        or not 0 < arguments.copy_weight < float("inf")
-    ):
-        raise ValueError(
-            f"--share is {arguments.share}, --fact-share {arguments.fact_share} and --copy-weight {arguments.copy_weight}, but "
-            "shares must be at most 1, and --share and the weight above 0"
-        )
     if arguments.compressor_steps and not model.config.memory_slots[1]:
         raise ValueError(
             f"--compressor-steps is {arguments.compressor_steps}, but the slots are {model.config.memory_slots}, none of them "
@@ -178,11 +161,24 @@ def train_memory(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output}: {len(names)} tensors, {size:,} bytes, in {time.monotonic() - begin:.0f} seconds")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raises `ValueError` for what is wrong whatever the model."""
+    if Path(arguments.output).exists():
+        raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
+    check_least(arguments, tokens=1, boost_steps=0, compressor_steps=0, repeats=0, stretch=2)
+    check_output(Path(arguments.output).parent)
+    for name in ("scale", "learning_rate", "copy_weight"):
+        value = getattr(arguments, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be a number above 0")
+    if not 0 < arguments.share <= 1 or not 0 <= arguments.fact_share <= 1:
+        raise ValueError(
+            f"--share is {arguments.share} and --fact-share {arguments.fact_share}, but both must be at most 1, and --share above 0"
+        )
+
+
 def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse.Namespace) -> None:
-    repeat_layers = None
-    if arguments.repeats_layers is not None:
-        first, last = arguments.repeats_layers
-        repeat_layers = range(first, last + 1)
+    layers = arguments.repeats_layers
     with tqdm(
         total=sum(min(len(token_ids), arguments.tokens) for token_ids in texts), unit="tok", desc="reading", delay=1
     ) as progress:
@@ -199,7 +195,7 @@ def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse
             seed=arguments.seed,
             scale=arguments.scale,
             repeats=arguments.repeats,
-            repeat_layers=repeat_layers,
+            repeat_layers=None if layers is None else range(layers[0], layers[1] + 1),
             num_tokens=arguments.tokens,
             on_progress=on_progress,
         )

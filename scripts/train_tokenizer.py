@@ -70,26 +70,7 @@ class HtmlText(HTMLParser):
     """The text of a page: one line per paragraph, `pre` as it stands, scripts and navigation left out."""
 
     HIDDEN = {"script", "style", "nav", "head"}
-    INLINE = {
-        "a",
-        "abbr",
-        "app",
-        "b",
-        "cite",
-        "cmd",
-        "code",
-        "em",
-        "file",
-        "gui",
-        "i",
-        "input",
-        "key",
-        "link",
-        "span",
-        "strong",
-        "tt",
-        "var",
-    }
+    INLINE = set("a abbr app b cite cmd code em file gui i input key link span strong tt var".split())
 
     def __init__(self):
         super().__init__()

@@ -25,19 +25,8 @@ def test_an_adapter_goes_into_a_conversion(call, tiny_source, tiny_model, tmp_pa
 
 def test_compressors_go_on_alone(call, tiny_source, tiny_model, tmp_path):
     first, more = tmp_path / "first.safetensors", tmp_path / "more.safetensors"
-    options = (
-        "--tokens",
-        3000,
-        "--repeats",
-        0.5,
-        "--repeats-layers",
-        1,
-        1,
-        "--boost-steps",
-        0,
-        "--compressor-steps",
-        1,
-    )
+    options = ("--tokens", 3000, "--repeats", 0.5, "--repeats-layers", 1, 1, "--boost-steps", 0)
+    options += ("--compressor-steps", 1)
     code, _, errors = call(train_memory, "--model", tiny_model, "--output", first, *options)
     assert code == 0, errors
     folder = tmp_path / "taught"
@@ -55,15 +44,15 @@ def test_compressors_go_on_alone(call, tiny_source, tiny_model, tmp_path):
 def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path / "memory.safetensors"]
     assert_refused("an odd number", train_memory, *arguments, "--pooling", 4)
-    assert_refused("must be positive", train_memory, *arguments, "--tokens", 0)
-    for scale in ("nan", "inf"):
-        assert_refused("must be positive", train_memory, *arguments, "--scale", scale)
+    assert_refused("--tokens is 0", train_memory, *arguments, "--tokens", 0)
+    for option in (("--scale", "nan"), ("--scale", "inf"), ("--learning-rate", 0), ("--copy-weight", "nan")):
+        assert_refused("must be a number above 0", train_memory, *arguments, *option)
     assert_refused(
         "none of them compressed", train_memory, *arguments, "--compressor-steps", 2, "--memory-slots", 28, 0, 0
     )
     assert_refused("leaves nothing to teach", train_memory, *arguments, "--compressors-only")
     assert_refused("the layers are 0 to", train_memory, *arguments, "--repeats-layers", 1, 99)
-    for option in (("--share", 2), ("--fact-share", -1), ("--copy-weight", "nan")):
+    for option in (("--share", 2), ("--fact-share", -1)):
         assert_refused("at most 1", train_memory, *arguments, *option)
     assert_refused("nothing can be written", train_memory, *arguments[:2], "--output", document / "memory.safetensors")
     assert_refused("no file at", train_memory, *arguments, "--text", tmp_path / "nowhere.txt")
