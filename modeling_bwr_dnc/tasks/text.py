@@ -131,49 +131,11 @@ def _code(random: np.random.Generator) -> str:
     return str(random.integers(10_000, 100_000))
 
 
-PLACES = ("Arles", "Bergen", "Cusco", "Dakar", "Esbjerg", "Fez", "Ghent", "Hobart", "Izmir", "Jaipur", "Kyoto", "Lima")
-WORDS = (
-    "amber",
-    "basalt",
-    "cobalt",
-    "damask",
-    "ember",
-    "fennel",
-    "garnet",
-    "hazel",
-    "indigo",
-    "jasper",
-    "kelp",
-    "linen",
-)
-FIRST_NAMES = (
-    "Ada",
-    "Boris",
-    "Clara",
-    "Dmitri",
-    "Elena",
-    "Farid",
-    "Greta",
-    "Hugo",
-    "Ingrid",
-    "Jamal",
-    "Keiko",
-    "Luis",
-)
-LAST_NAMES = (
-    "Almeida",
-    "Brandt",
-    "Castro",
-    "Dubois",
-    "Eriksen",
-    "Fontaine",
-    "Gupta",
-    "Haddad",
-    "Ito",
-    "Kovacs",
-    "Lund",
-)
-MONTHS = ("January", "March", "April", "June", "July", "August", "October", "December")
+PLACES = "Arles Bergen Cusco Dakar Esbjerg Fez Ghent Hobart Izmir Jaipur Kyoto Lima".split()
+WORDS = "amber basalt cobalt damask ember fennel garnet hazel indigo jasper kelp linen".split()
+FIRST_NAMES = "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ingrid Jamal Keiko Luis".split()
+LAST_NAMES = "Almeida Brandt Castro Dubois Eriksen Fontaine Gupta Haddad Ito Kovacs Lund".split()
+MONTHS = "January March April June July August October December".split()
 
 # What a needle is about, and how its answer is made up.
 NEEDLE_KINDS = {

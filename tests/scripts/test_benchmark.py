@@ -83,21 +83,8 @@ def test_results_hold_every_measurement_with_its_conditions(call, preset, tmp_pa
 
 
 def test_memory_and_start_are_measured_in_new_processes(call, preset, tmp_path):
-    results, _ = run_benchmark(
-        call,
-        tmp_path,
-        "--what",
-        "memory",
-        "cold",
-        "--preset",
-        preset,
-        "--lengths",
-        40,
-        "--rounds",
-        1,
-        "--models",
-        PAIR[0],
-    )
+    options = ["--preset", preset, "--lengths", 40, "--rounds", 1, "--models", PAIR[0]]
+    results, _ = run_benchmark(call, tmp_path, "--what", "memory", "cold", *options)
     assert not results["skipped"]
     memory = {entry["variant"]: entry for entry in results["measurements"] if entry["what"] == "memory"}
     assert len(memory) == 4 and all(entry["peak_bytes"] > 50e6 for entry in memory.values())
@@ -108,18 +95,7 @@ def test_memory_and_start_are_measured_in_new_processes(call, preset, tmp_path):
 
 def test_peers_of_other_kinds_are_measured_too(call, preset, tmp_path):
     results, _ = run_benchmark(
-        call,
-        tmp_path,
-        "--what",
-        "train",
-        "prefill",
-        "decode",
-        "--preset",
-        preset,
-        "--lengths",
-        40,
-        "--decode-tokens",
-        4,
+        call, tmp_path, "--what", *SHARES, "--preset", preset, "--lengths", 40, "--decode-tokens", 4
     )
     assert {entry["model"] for entry in results["measurements"]} == set(DEFAULT_PEERS)
 

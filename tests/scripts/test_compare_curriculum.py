@@ -5,20 +5,7 @@ import json
 from scripts import compare_curriculum
 from scripts.compare_curriculum import seconds_to
 
-QUICK = [
-    "--steps",
-    4,
-    "--measure-every",
-    2,
-    "--adapt-every",
-    2,
-    "--rows",
-    1,
-    "--tokens-per-batch",
-    256,
-    "--first-length",
-    32,
-]
+QUICK = "--steps 4 --measure-every 2 --adapt-every 2 --rows 1 --tokens-per-batch 256 --first-length 32".split()
 
 
 def test_ways_are_trained_and_measured_alike(call, tmp_path):

@@ -36,18 +36,8 @@ def test_bad_input_is_refused(assert_refused, tiny_source, tmp_path):
 
 def test_only_a_converted_model_is_overwritten(assert_refused, call, tiny_source, tmp_path):
     (tmp_path / "novel.txt").write_text("precious")
-    source = [
-        "--source",
-        tiny_source,
-        "--segment-length",
-        8,
-        "--memory-slots",
-        16,
-        8,
-        4,
-        "--skip-proof",
-        "--overwrite",
-    ]
+    source = ["--source", tiny_source, "--segment-length", 8, "--memory-slots", 16, 8, 4]
+    source += ["--skip-proof", "--overwrite"]
     assert_refused("is no converted model", convert, *source, "--output", tmp_path)
     assert_refused("choose an output", convert, *source, "--output", tiny_source)
     assert_refused("nothing can be written", convert, *source, "--output", tmp_path / "novel.txt")

@@ -7,17 +7,8 @@ from scripts import generate, inspect_memory
 
 @pytest.fixture
 def state(call, tiny_model, document, tmp_path):
-    arguments = [
-        "--model",
-        tiny_model,
-        "--prompt-file",
-        document,
-        "--state",
-        tmp_path / "state",
-        "--max-new-tokens",
-        2,
-    ]
-    assert call(generate, *arguments)[0] == 0
+    arguments = ["--model", tiny_model, "--prompt-file", document, "--state", tmp_path / "state"]
+    assert call(generate, *arguments, "--max-new-tokens", 2)[0] == 0
     return tmp_path / "state"
 
 

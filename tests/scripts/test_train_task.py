@@ -5,40 +5,13 @@ import json
 from modeling_bwr_dnc import BwrDncForCausalLM
 from scripts import evaluate, train_task
 
-QUICK = [
-    "--steps",
-    2,
-    "--tokens-per-batch",
-    128,
-    "--rows",
-    1,
-    "--option",
-    "num_pairs=4",
-    "num_queries=2",
-    "--length",
-    64,
-]
+QUICK = "--steps 2 --tokens-per-batch 128 --rows 1 --option num_pairs=4 num_queries=2 --length 64".split()
 
 
 def test_trains_measures_and_leaves_models(call, tmp_path):
     output = tmp_path / "runs"
-    arguments = [
-        "--output",
-        output,
-        *QUICK,
-        "--lengths",
-        64,
-        128,
-        "--pairs",
-        8,
-        "--seeds",
-        0,
-        1,
-        "--models",
-        "memory",
-        "full",
-    ]
-    arguments += ["--setting", "hidden_size=16", "intermediate_size=16"]
+    arguments = ["--output", output, *QUICK, "--lengths", 64, 128, "--pairs", 8, "--seeds", 0, 1]
+    arguments += ["--models", "memory", "full", "--setting", "hidden_size=16", "intermediate_size=16"]
     code, printed, errors = call(train_task, *arguments)
     assert code == 0, errors
     assert "memory, seed 0" in printed
@@ -51,19 +24,8 @@ def test_trains_measures_and_leaves_models(call, tmp_path):
     model = BwrDncForCausalLM.from_pretrained(output / "full-1")
     assert model.config.use_cache
     assert model.config.hidden_size == 16 and model.config.memory_slots[0] > 100_000
-    code, _, errors = call(
-        evaluate,
-        "--model",
-        output / "memory-0",
-        "--output",
-        tmp_path / "e",
-        "--measures",
-        "accuracy",
-        "--lengths",
-        64,
-        "--rows",
-        1,
-    )
+    arguments = ["--model", output / "memory-0", "--output", tmp_path / "e", "--measures", "accuracy"]
+    code, _, errors = call(evaluate, *arguments, "--lengths", 64, "--rows", 1)
     assert code == 0, errors
     assert "lookup_by_length" in json.loads((tmp_path / "e" / "results.json").read_text())["measurements"]
 
