@@ -1,6 +1,8 @@
 """What README and model card show, runs. A small model stands in for the one that `make demo` leaves."""
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -41,11 +43,23 @@ def test_readme_begins_with_the_two_commands():
     assert "make demo" in beginning and "make test" in beginning
 
 
+@pytest.mark.parametrize("files", ["README.md", "model_cards/**/*.md", "tokenization/**/*.md", "scripts/*.py"])
+def test_command_lines_that_are_shown_are_understood(files):
+    text = "\n".join(path.read_text(encoding="utf-8") for path in REPOSITORY.glob(files)).replace("\\\n", " ")
+    lines = re.findall(r'^ *python -m scripts\.(\w+)((?:"[^"]*"|[^"\n])*)$', text, re.MULTILINE)
+    assert lines
+    for name, line in lines:
+        # Behind three spaces stands what the line is for.
+        words = shlex.split(re.split(r" {3,}[a-z(]", line)[0])
+        parser = importlib.import_module(f"scripts.{name}").build_parser()
+        parser.parse_args([word for word in words if word != "..."])
+
+
 @pytest.mark.parametrize("name", ["README.md", CARD])
 def test_files_and_scripts_that_are_named_exist(name):
     text = (REPOSITORY / name).read_text(encoding="utf-8")
-    for script in set(re.findall(r"python -m (scripts\.\w+)", text)):
-        assert (REPOSITORY / f"{script.replace('.', '/')}.py").is_file(), script
+    for script in set(re.findall(r"scripts\.(\w+)", text)):
+        assert (REPOSITORY / "scripts" / f"{script}.py").is_file(), script
     for path in set(re.findall(r"`((?:modeling_bwr_dnc|configuration|tokenization|model_cards)/[\w./-]*)`", text)):
         assert (REPOSITORY / path).exists(), path
 
