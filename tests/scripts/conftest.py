@@ -1,8 +1,6 @@
 import os
-import resource
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,22 +61,6 @@ def call_process():
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment, **options)
 
     return call_script
-
-
-@pytest.fixture
-def full_disk():
-    """Within `with full_disk(size):` no file can grow beyond `size` bytes, as on a disk that is full."""
-
-    @contextmanager
-    def limit(size):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return limit
 
 
 @pytest.fixture

@@ -72,14 +72,13 @@ def test_answers_are_greedy(model, block_length):
 
 def test_accuracy_counts_answers(model, monkeypatch):
     """Three answers of one token in a lookup, one of many in a copy; a wrong token spoils its answer only."""
-    from modeling_bwr_dnc.evaluation import measuring
 
     def almost_right(model, input_ids, labels):
         answers = [row[row != IGNORED].tolist() for row in labels]
         answers[0][0] += 1
         return answers
 
-    monkeypatch.setattr(measuring, "predicted_answers", almost_right)
+    monkeypatch.setattr("modeling_bwr_dnc.evaluation.measuring.predicted_answers", almost_right)
     lookup = task_accuracy(model, Lookup(length=70, num_pairs=6, num_queries=3), num_rows=2)
     assert lookup == {"exact": pytest.approx(5 / 6), "token": pytest.approx(5 / 6), "answers": 6}
     copy = task_accuracy(model, Copy(length=22), num_rows=2)
@@ -171,13 +170,12 @@ def test_measurements_have_a_record_per_point(model, input_ids):
 
 def test_slots_of_the_grid_are_those_measured(model, monkeypatch):
     seen = []
-    from modeling_bwr_dnc.evaluation import measuring
 
     def note(model, task, num_rows, **options):
         seen.append((list(model.config.memory_slots), task.num_pairs))
         return {"exact": 0.0, "token": 0.0, "answers": 1}
 
-    monkeypatch.setattr(measuring, "task_accuracy", note)
+    monkeypatch.setattr("modeling_bwr_dnc.evaluation.measuring.task_accuracy", note)
     task = dataclasses.replace(Lookup(length=60, vocab_size=60), num_pairs=8)
     measure_pairs_and_slots(model, task, ["memory", "equal_slot_window"], [8], [4, 16], num_rows=1)
     assert seen == [([4, 0, 0], 8), ([4, 0, 0], 8), ([16, 0, 0], 8), ([16, 0, 0], 8)]

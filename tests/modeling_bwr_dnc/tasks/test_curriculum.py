@@ -15,14 +15,6 @@ def climbed(curriculum: Curriculum, steps: int) -> Curriculum:
     return curriculum
 
 
-def test_three_phases_as_stated():
-    assert [(phase.length, phase.shares) for phase in PHASES] == [
-        (512, {"copy": 0.7, "lookup": 0.3}),
-        (1024, {"copy": 0.4, "lookup": 0.4, "infill": 0.2}),
-        (2048, {"copy": 0.2, "lookup": 0.2, "infill": 0.2, "needle": 0.2, "recall": 0.2}),
-    ]
-
-
 @pytest.mark.parametrize("phase", [0, 1, 2])
 def test_tasks_come_in_their_shares(phase):
     curriculum = climbed(Curriculum.scaled(128), 3 * phase)

@@ -1,7 +1,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.training.memory_plan import (
     PARTS,
     TrainingSetting,
@@ -23,10 +25,7 @@ SETTING = TrainingSetting("bwr-dnc-tiny", SMALL, sequence_length=128)
 
 def test_weights_gradients_and_states_are_counted_exactly():
     plan = plan_memory(SETTING, libraries=7)
-    count = model_config(SETTING)
-    from modeling_bwr_dnc import BwrDncForCausalLM
-
-    size = sum(parameter.numel() * 4 for parameter in BwrDncForCausalLM(count).parameters())
+    size = sum(parameter.numel() * 4 for parameter in BwrDncForCausalLM(model_config(SETTING)).parameters())
     assert set(plan.parts) == set(PARTS) and plan.parts["libraries"] == 7
     assert size <= plan.parts["weights"] <= size + 1000  # and the frequencies of RoPE
     assert plan.parts["optimizer"] >= 2 * size
@@ -58,8 +57,6 @@ def test_a_quantised_base_is_small_in_the_step_and_large_while_it_loads():
 
 
 def test_eight_bit_states_spare_embeddings_and_memory():
-    import torch
-
     matrix = torch.empty(100, 100, device="meta")
     assert optimizer_bytes("model.layers.0.mlp.up_proj.weight", matrix, "adamw_bnb_8bit").states == 20_313
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.memory.salience.weight"):
