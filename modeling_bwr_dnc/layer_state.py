@@ -110,6 +110,7 @@ class BankState:
     def empty(
         settings: BankSettings, batch_size: int, shapes: "StateShapes", dtype: torch.dtype, device: torch.device
     ) -> "BankState":
+        """Rows that have read nothing."""
         precise = torch.promote_types(dtype, torch.float32)
         room = 2 * settings.segment_length
         groups, heads, width = shapes.num_key_value_heads, shapes.num_attention_heads, shapes.head_dim

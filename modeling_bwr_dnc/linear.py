@@ -57,6 +57,7 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 
 def _suits_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN computes this product, [..., in] by [out, in]."""
     return (
         not torch.compiler.is_compiling()
         and prefers_onednn()
@@ -79,6 +80,8 @@ def _onednn_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 
 class _OneDnnLinear(torch.autograd.Function):
+    """`_onednn_linear` with gradients, which can be differentiated again."""
+
     @staticmethod
     def forward(ctx, inputs, weight, bias):
         ctx.save_for_backward(inputs, weight)
@@ -122,6 +125,8 @@ def gated_linear(module: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> tor
 
 
 class _GatedLinear(torch.autograd.Function):
+    """See `gated_linear`."""
+
     @staticmethod
     def forward(ctx, gate, up, weight):
         ctx.save_for_backward(gate, up, weight)

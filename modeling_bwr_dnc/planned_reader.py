@@ -305,6 +305,7 @@ class PlannedReader(BankReader):
         return pool
 
     def _cut(self, tokens: Tokens, state: BankState, groups: list[list[PlannedStretch]], pool: Pool) -> Cut:
+        """What the groups read, see `Cut`."""
         length, num_raw, first = self.settings.segment_length, state.length() + len(tokens), len(state.entries)
         cos, sin = self.call.rotary.range(0, num_raw)
         queries = rotate(tokens.queries, cos[-len(tokens) :], sin[-len(tokens) :])

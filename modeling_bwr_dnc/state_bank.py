@@ -663,6 +663,7 @@ def _slots_of_row(state: BankState, row: int) -> Entries:
 
 
 def _forget_span(state: BankState, start: int, end: int, row: int | None) -> BankState:
+    """A copy of `state` without what stems from a span, see `StateBankCache.forget`: holes stand in its place."""
     state = state.map(torch.Tensor.clone).with_holes()
     chosen = torch.zeros(len(state.rows), dtype=torch.bool)
     chosen[slice(None) if row is None else row] = True
@@ -673,12 +674,8 @@ def _forget_span(state: BankState, start: int, end: int, row: int | None) -> Ban
     for index, counters in enumerate(state.rows):
         if not chosen[index]:
             continue
-        reach = state.conv_reach
-        convolved = slice(
-            max(start - counters.window_start + reach, 0),
-            max(min(end, counters.seen) - counters.window_start + reach, 0),
-        )
-        state.conv_inputs[index, convolved] = 0
+        shift = state.conv_reach - counters.window_start
+        state.conv_inputs[index, max(start + shift, 0) : max(min(end, counters.seen) + shift, 0)] = 0
         offset = state.num_prefix(index) - counters.window_start
         first, last = max(start, counters.window_start), min(end, counters.seen)
         if first < last:
@@ -752,6 +749,7 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
 
 
 def _require_same_settings(first: StateBankCache, other: StateBankCache) -> None:
+    """Raise `ValueError` unless the rows of two caches can stand in one batch."""
     same_writer = first._writer is not None and first._writer == other._writer
     if not same_writer and len({first.weights_fingerprint, other.weights_fingerprint} - {None}) > 1:
         raise ValueError(
@@ -768,6 +766,7 @@ def _require_same_settings(first: StateBankCache, other: StateBankCache) -> None
 
 
 def _state_from_files(description: dict, tensors: dict[str, torch.Tensor], index: int) -> BankState:
+    """The state of layer `index`. Raises `KeyError` or `TypeError` for files that do not describe one."""
     settings = dict(description["settings"][index])
     settings.pop("layer_idx", None)  # in files of earlier versions
     for name in ("memory_slots", "routing_thresholds"):

@@ -162,6 +162,7 @@ def read_inputs(inputs: list[str]) -> Iterator[str]:
 
 
 def split_blocks(text: str, seen: set[int]) -> Iterator[str]:
+    """Blocks of `BLOCK` characters or, to the end of a line, more; without long lines whose hash is in `seen`, which grows."""
     lines: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):

@@ -165,6 +165,7 @@ def converted_config(
 
 
 def _refuse_unequal(source: PreTrainedConfig) -> None:
+    """Raises `ValueError` for an architecture or rotary positions that have no equal in BWR-DNC."""
     if source.model_type not in _LAYOUTS:
         raise ValueError(f"{source.model_type!r} is not convertible; convertible are {', '.join(_LAYOUTS)}")
     rope = source.rope_parameters or {}

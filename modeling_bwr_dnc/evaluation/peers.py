@@ -125,6 +125,7 @@ def prefix_lengths(config: BwrDncConfig, layer_idx: int, num_segments: int) -> l
 
 
 def visible_to_bwr_dnc(config: BwrDncConfig, num_positions: int) -> np.ndarray:
+    """See `Peer.visible_keys`."""
     length, positions = config.segment_length, np.arange(num_positions)
     segment = positions // length
     in_window = positions - np.maximum(segment - 1, 0) * length + 1

@@ -578,6 +578,7 @@ def _save_base(setting: TrainingSetting, folder: str) -> None:
 
 
 def _measure_here(setting: TrainingSetting, num_steps: int) -> dict[str, float]:
+    """`measure_memory`, in this process."""
     import tempfile
     import time
 

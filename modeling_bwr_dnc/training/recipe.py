@@ -148,13 +148,13 @@ def _parse(text: str, where: str):
 
 
 def _put(description: dict, keys: list[str], value) -> None:
+    """Set a value in nested mappings, made where there are none. Raises `ValueError` if something else is there."""
     for key in keys[:-1]:
-        inner = description.setdefault(key, {})
-        if inner is None:
-            inner = description[key] = {}
-        if not isinstance(inner, dict):
+        if description.get(key) is None:
+            description[key] = {}
+        description = description[key]
+        if not isinstance(description, dict):
             raise ValueError(f"the override of {'.'.join(keys)} goes through {key!r}, which is no mapping")
-        description = inner
     description[keys[-1]] = value
 
 

@@ -137,6 +137,7 @@ def held_out_loss(trainer: BwrDncTrainer) -> float:
 
 
 def training_arguments(recipe: Recipe) -> BwrDncTrainingArguments:
+    """Those of a recipe. Raises `ValueError` for what does not work together, or a logger that is not there."""
     defaults = {
         "output_dir": f"runs/{Path(recipe.model).name}",
         "report_to": "none",
@@ -207,6 +208,7 @@ def check_checkpoint(checkpoint: str, model: BwrDncForCausalLM) -> None:
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The one that the recipe names, else the model's own or, of a preset, the package's. Raises `ValueError` if it has none."""
     name = recipe.tokenizer
     if name is None and recipe.model in list_presets():
         name = str(tokenizer_path())
