@@ -216,7 +216,6 @@ def fit_salience(
             f"the texts have {sum(map(len, texts))} tokens, with {num_fact_tokens} tokens of facts hidden in them, but both are "
             f"needed; give longer texts, with sentences in them (a fact comes every {gap[0]} to {gap[1]} tokens)"
         )
-    num_sinks = model.config.num_sink_tokens
     moments = {index: [Moments.empty(model.config.hidden_size) for _ in range(3)] for index in heads}
     num_repeated = 0
     for token_ids, (text, is_fact) in zip(texts, prepared, strict=True):
@@ -228,7 +227,7 @@ def fit_salience(
             classes[again & (classes == TEXT)] = REPEATED
             num_repeated += int((classes == REPEATED).sum())
         # Sinks are never chosen, and stand out in every model: they belong to no class.
-        classes[:num_sinks] = -1
+        classes[: model.config.num_sink_tokens] = -1
 
         def add(index: int, tokens: slice, inputs: torch.Tensor, salience: torch.Tensor, classes=classes) -> None:
             for kind, sums in enumerate(moments[index]):
@@ -248,6 +247,22 @@ def fit_salience(
             direction += repeats * discriminant(of_text, of_repeated, ridge)[0]
         _set(heads[index], scale * direction)
 
+    for index, shift in rare_salience(model, heads, prepared, rare, calibration, on_progress).items():
+        constant, deviation = near_constant(moments[index][TEXT], ridge)
+        if abs(shift) * deviation < NEGLIGIBLE_NOISE * scale:
+            _set(heads[index], heads[index].weight[0].double().cpu() - shift * constant)
+    return gaps
+
+
+def rare_salience(
+    model: PreTrainedModel,
+    heads: dict[int, nn.Module],
+    prepared: Sequence[tuple[list[int], list[bool]]],
+    rare: float,
+    calibration: float,
+    on_progress: Callable[[int], object] | None,
+) -> dict[int, float]:
+    """By layer, the pooled salience that only a share `rare` of ordinary text exceeds, in the beginnings of texts with facts."""
     width = model.config.salience_pooling
     heard: dict[int, list[torch.Tensor]] = {index: [] for index in heads}
     for text, is_fact in prepared:
@@ -259,16 +274,11 @@ def fit_salience(
 
         listen(model, heads, text[:count], keep, on_progress)
         near_fact = pooled_salience(torch.tensor([[is_fact[:count]]]).double(), width)[0, 0] > 0
-        near_fact[:num_sinks] = True
+        near_fact[: model.config.num_sink_tokens] = True
         for index, part in parts.items():
             heard[index].append(pooled_salience(torch.cat(part).double()[None, None], width)[0, 0, ~near_fact])
-    for index, (of_text, *_) in moments.items():
-        saliences = torch.cat(heard[index])
-        shift = saliences.quantile(1 - rare).item() if len(saliences) else 0.0
-        constant, deviation = near_constant(of_text, ridge)
-        if abs(shift) * deviation < NEGLIGIBLE_NOISE * scale:
-            _set(heads[index], heads[index].weight[0].double().cpu() - shift * constant)
-    return gaps
+    saliences = {index: torch.cat(part) for index, part in heard.items()}
+    return {index: part.quantile(1 - rare).item() if len(part) else 0.0 for index, part in saliences.items()}
 
 
 def _set(head: nn.Module, direction: torch.Tensor) -> None:

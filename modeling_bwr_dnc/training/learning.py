@@ -172,6 +172,7 @@ def learn(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     slow_gates(model)
+    # A list is cut into shards: one that holds all.
     source = {"stages": [stages], "num_steps": num_steps, "tokens_per_batch": tokens_per_batch, "seed": seed}
     rows = IterableDataset.from_generator(_batches, gen_kwargs=source)
     is_ours = config.model_type == BwrDncConfig.model_type
