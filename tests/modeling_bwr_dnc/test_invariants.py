@@ -409,6 +409,16 @@ def test_forgotten_tokens_are_gone(seed, data):
     assert not any(start <= position < end for slot in cache.tokens() for position in slot["positions"])
 
 
+def test_a_row_forgets_alone():
+    model, more = tiny_model(tiny_config()), token_ids(9, seed=7)
+    caches = [read(model, token_ids(40, seed))[1] for seed in range(2)]
+    stacked = StateBankCache.stack(caches)
+    stacked.forget(10, 38, row=1)
+    caches[1].forget(10, 38)
+    logits = read(model, more.repeat(2, 1), cache=stacked)[0]
+    assert_close(logits, torch.cat([read(model, more, cache=cache)[0] for cache in caches]))
+
+
 # 10. Packed = apart
 
 
