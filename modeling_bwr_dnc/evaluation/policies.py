@@ -33,25 +33,21 @@ def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
     Raises:
         ValueError: for a policy that is not in `POLICIES`.
     """
-    config = model.config
-    if policy == "memory":
-        return {}
-    if policy == "full":
-        return {"use_memory": True, "memory_slots": [max(length, sum(config.memory_slots)), 0, 0], "slot_shares": None}
-    if policy == "window":
-        return {"use_memory": False}
-    if policy == "equal_slot_window":
-        slots = {"memory_slots": [sum(config.memory_slots), 0, 0], "slot_shares": None}
-        return slots | {"retention_score": "recency", **UNSALIENT}
-    if policy == "random":
-        return {"retention_score": "random", **UNSALIENT}
-    if policy == "raw":
-        return {"memory_slots": [sum(config.memory_slots), 0, 0]}
+    num_slots = sum(model.config.memory_slots)
+    recent = {"memory_slots": [num_slots, 0, 0], "slot_shares": None, "retention_score": "recency"}
+    settings: dict[str, dict] = {
+        "memory": {},
+        "full": {"use_memory": True, "memory_slots": [max(length, num_slots), 0, 0], "slot_shares": None},
+        "window": {"use_memory": False},
+        "equal_slot_window": recent | UNSALIENT,
+        "random": {"retention_score": "random", **UNSALIENT},
+        "raw": {"memory_slots": [num_slots, 0, 0]},
+        "score:salience": {"retention_score": "salience"},
+    }
     if policy == PINNED:
         raise ValueError(
             f"the policy {PINNED!r} needs to know where answers stand; measure `facts` with it, or another policy"
         )
-    if policy in POLICIES:
-        score = policy.removeprefix("score:")
-        return {"retention_score": score} | ({} if score == "salience" else UNSALIENT)
-    raise ValueError(f"the policy is {policy!r}, but must be one of {', '.join(POLICIES)}")
+    if policy not in POLICIES:
+        raise ValueError(f"the policy is {policy!r}, but must be one of {', '.join(POLICIES)}")
+    return settings.get(policy, {"retention_score": policy.removeprefix("score:"), **UNSALIENT})
