@@ -88,6 +88,8 @@ class BwrDncConfig(PreTrainedConfig):
             Taps of a depthwise causal convolution before the query, key and value projections; 0 means none.
         use_memory (`bool`, defaults to `True`):
             `False` reads sinks and window only, in every layer.
+        use_secondary_salience (`bool`, defaults to `False`):
+            A second salience head, which lifts tokens above others, but never above a salience of 0.
         use_salience, use_routing, use_hard_routing, use_learned_compressor (`bool`):
             Switches of the learned parts, for ablations. Hard routing masks levels below their threshold.
     """
@@ -139,6 +141,7 @@ class BwrDncConfig(PreTrainedConfig):
     retention_score: str = "salience"
     short_conv_kernel: int = 0
     use_memory: bool = True
+    use_secondary_salience: bool = False
     use_salience: bool = True
     use_routing: bool = True
     use_hard_routing: bool = False

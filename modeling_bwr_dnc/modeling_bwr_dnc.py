@@ -187,6 +187,24 @@ class Memory(nn.Module):
         self.salience = PreciseLinear(config.hidden_size, config.num_key_value_heads)
         self.routing = PreciseLinear(config.hidden_size, config.num_attention_heads)
         self.compressor = Compressor(config)
+        self.secondary_salience: PreciseLinear | None = None
+        if config.use_secondary_salience:
+            self.add_secondary_salience()
+
+    def add_secondary_salience(self) -> None:
+        """A second head, neutral at the start, for what is worth keeping where there is room; see `salience_logits`."""
+        weight = self.salience.weight
+        self.secondary_salience = PreciseLinear(*weight.shape[::-1]).to(weight.device, weight.dtype)
+
+    def salience_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Salience [B, T, G] of tokens [B, T, hidden]. The second head lifts it, but never above 0, where `salience_boost` and
+        `attention_boost` begin: what it lifts goes before other tokens, and never before what the first head finds salient.
+        """
+        salience = self.salience(hidden_states)
+        if self.secondary_salience is None:
+            return salience
+        return salience + torch.minimum(self.secondary_salience(hidden_states).relu(), (-salience).relu())
 
 
 class ShortConvolution(nn.Module):
@@ -414,7 +432,7 @@ class StateBankAttention(SinkWindowAttention):
 
     def _memory_logits(self, hidden_states, call):
         memory = self.memory
-        salience = memory.salience(hidden_states) if call.use_salience else None
+        salience = memory.salience_logits(hidden_states) if call.use_salience else None
         complexity = memory.routing(hidden_states) + COMPLEXITY_SHIFT if call.use_routing else None
         if salience is None or complexity is None:
             neutral = super()._memory_logits(hidden_states, call)
@@ -492,6 +510,13 @@ class BwrDncPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+    def add_secondary_salience(self) -> None:
+        """Give every bank the second salience head (`use_secondary_salience`) unless it has one."""
+        self.config.use_secondary_salience = True
+        for module in self.modules():
+            if isinstance(module, Memory) and module.secondary_salience is None:
+                module.add_secondary_salience()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

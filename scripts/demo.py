@@ -88,7 +88,9 @@ def demo(arguments: argparse.Namespace) -> None:
     ids = text_with_fact(tokenizer, arguments.num_tokens)
     cache = StateBankCache(config=model.config)
     room = f"{model.config.max_keys:,} keys and values"
-    print(f"Python's manual, {ids.shape[1]:,} tokens; window, sinks and slots together have room for {room}.")
+    print(
+        f"Python's manual, {ids.shape[1]:,} tokens; window, sinks and slots of a layer have room for {room} at most."
+    )
     sizes = []
     with tqdm(total=ids.shape[1], unit="tok", desc="reading") as progress:
 

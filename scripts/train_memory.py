@@ -6,6 +6,9 @@ per layer, how much more attention a salient slot gets, is fitted with gradients
 (modeling_bwr_dnc/retrofit/boost.py), and, if asked for, the compressors through prose
 (modeling_bwr_dnc/retrofit/compressor.py). The settings go into the adapter, and with it into the models that it is put into.
 
+With --repeats a second head, in the same way, for what a text will say again: it lifts such tokens above others, but never above a
+salience of 0, where facts begin.
+
 Compressors go on from those that the model has. With --compressors-only nothing else is taught: so a training can be continued.
 
 Examples:
@@ -49,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--repeats",
         type=float,
         default=0.0,
-        help="weight of what a text says again word for word, beside that of facts; 0: none (0)",
+        help="standard deviation of a second head, for what a text says again word for word, in those of the first; 0: none (0)",
     )
     parser.add_argument(
         "--repeats-layers", nargs=2, type=int, metavar="N", help="first and last layer in which that counts (all)"

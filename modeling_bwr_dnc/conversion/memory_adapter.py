@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from modeling_bwr_dnc.memory_parameters import MEMORY, is_memory_parameter
 
+SECONDARY = ".secondary_salience."
 SETTINGS = (
     "salience_pooling",
     "salience_boost",
@@ -75,15 +76,17 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
         settings = json.loads((file.metadata() or {}).get("settings", "{}"))
     if not tensors:
         raise ValueError(f"the memory adapter {path} is empty")
-    places = {name: place for name, place in model.state_dict().items() if is_memory_parameter(name)}
+    shapes = {name: place.shape for name, place in model.state_dict().items() if is_memory_parameter(name)}
+    # The second head is one like the first, and comes with the adapter.
+    shapes |= {name.replace(".salience.", SECONDARY): shape for name, shape in shapes.items() if ".salience." in name}
     for name, tensor in tensors.items():
         if not is_memory_parameter(name):
             raise ValueError(f"the memory adapter {path} holds {name!r}, which is no memory parameter ('{MEMORY}')")
-        if name not in places:
+        if name not in shapes:
             raise ValueError(f"the memory adapter {path} holds {name!r}, which this model does not have")
-        if tensor.shape != places[name].shape:
+        if tensor.shape != shapes[name]:
             raise ValueError(
-                f"the memory adapter's {name!r} has shape {tuple(tensor.shape)}, the model's {tuple(places[name].shape)}"
+                f"the memory adapter's {name!r} has shape {tuple(tensor.shape)}, the model's {tuple(shapes[name])}"
             )
         if not tensor.isfinite().all():
             raise ValueError(f"the memory adapter's {name!r} holds numbers that are not finite")
@@ -94,6 +97,9 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     for name, value in settings.items():
         setattr(config, name, value)
     config.validate_architecture()
+    if any(SECONDARY in name for name in tensors):
+        model.add_secondary_salience()
+    places = model.state_dict()
     for name, tensor in tensors.items():
         places[name].copy_(tensor)
     for name, value in settings.items():

@@ -11,7 +11,8 @@ usage is a share of attention, mostly far below 0.01: a small salience lifts fac
 rest to it. Since the salience bias of so small a logit is next to nothing, attention itself stays as it was.
 
 With `repeats`, what a text will say again word for word, when its first saying has left the window, counts besides: the discriminant
-between such tokens and all others, computed alike, is added to the head. A memory that has lost a heading cannot foresee it.
+between such tokens and all others, computed alike, becomes the second head, which lifts nothing above 0 and so displaces no fact. A
+memory that has lost a heading cannot foresee it.
 
 Last, a second, shorter reading finds the salience that only few tokens of ordinary text exceed, and the head is shifted so that it
 is 0 there: `salience_boost` then favours facts alone. A head has no bias; the shift is along the direction in which the inputs vary
@@ -191,8 +192,8 @@ def fit_salience(
         gap: least and most tokens between two facts.
         rare: share of ordinary text whose salience, pooled as the model pools it, is above 0.
         calibration: share of each text that is read a second time, to find where that is.
-        repeats: weight of what is said again word for word beside that of facts.
-        repeat_layers: layers in which it counts; all by default. What helps there takes from facts.
+        repeats: standard deviation of the second head, for what is said again word for word, in those of the first.
+        repeat_layers: layers in which it counts; all by default.
         reach: tokens after which what is said again no longer counts.
         num_tokens: tokens that are read of each text; what is said again is looked for in all of it.
         on_progress: called after every block with the number of tokens it held.
@@ -216,6 +217,8 @@ def fit_salience(
             f"the texts have {sum(map(len, texts))} tokens, with {num_fact_tokens} tokens of facts hidden in them, but both are "
             f"needed; give longer texts, with sentences in them (a fact comes every {gap[0]} to {gap[1]} tokens)"
         )
+    if repeats:
+        model.add_secondary_salience()
     moments = {index: [Moments.empty(model.config.hidden_size) for _ in range(3)] for index in heads}
     num_repeated = 0
     for token_ids, (text, is_fact) in zip(texts, prepared, strict=True):
@@ -243,8 +246,12 @@ def fit_salience(
     gaps = {}
     for index, (of_text, of_facts, of_repeated) in moments.items():
         direction, gaps[index] = discriminant(of_text, of_facts, ridge)
+        second = layers[index].memory.secondary_salience
+        if second is not None:
+            second.weight.zero_()
         if repeats and (repeat_layers is None or index in repeat_layers):
-            direction += repeats * discriminant(of_text, of_repeated, ridge)[0]
+            lifted, constant = discriminant(of_text, of_repeated, ridge)[0], near_constant(of_text, ridge)[0]
+            _set(second, repeats * scale * (lifted - (lifted @ of_text.mean) * constant))
         _set(heads[index], scale * direction)
 
     for index, shift in rare_salience(model, heads, prepared, rare, calibration, on_progress).items():

@@ -95,6 +95,7 @@ def random_config(seed: int, max_segment: int = 12, max_slots: int = 20, **fixed
         "attention_boost": draw.choice([0.0, 2.0, [draw.uniform(0, 3) for _ in range(num_layers)]]),
         "salience_scale": draw.choice([0.5, 1.0, 3.0]),
         "recency_weight": draw.choice([0.0, 0.0, 20.0]),
+        "use_secondary_salience": draw.random() < 0.3,
     }
     return tiny_config(**{**choices, **fixed})
 
@@ -191,6 +192,9 @@ def _reference_attention(attention, inputs, ids, inv_freq, kind, config):
     if kind == "state_bank_attention" and config.use_memory:
         memory = attention.memory
         delta, complexity = (inputs @ memory.salience.weight.T).T, 4 + (inputs @ memory.routing.weight.T).T
+        if config.use_secondary_salience:
+            second = (inputs @ memory.secondary_salience.weight.T).T
+            delta = torch.where((second > 0) & (delta < 0), (delta + second).clamp(max=0), delta)
         delta = delta if config.use_salience else torch.zeros_like(delta)
         complexity = complexity if config.use_routing else torch.full_like(complexity, 4.0)
         merge, slots = _reference_merge(memory.compressor, config), config.layer_slots(attention.layer_idx)

@@ -103,6 +103,19 @@ def test_layers_share_the_slots_out_until_others_are_given(tmp_path):
     assert [others.layer_slots(index)[0] for index in range(2)] == [12, 6]
 
 
+def test_the_second_salience_head_lifts_nothing_above_zero():
+    memory = tiny_model(tiny_config(use_secondary_salience=True)).model.layers[0].self_attn.memory
+    inputs = torch.randn(1, 300, memory.salience.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone, both = memory.salience(inputs), memory.salience_logits(inputs)
+        assert (
+            torch.equal(both[alone > 0], alone[alone > 0]) and (both >= alone).all() and (both[alone <= 0] <= 0).all()
+        )
+        assert (both > alone).any() and ((both > alone) & (both < 0)).any()
+        memory.secondary_salience.weight.zero_()
+        assert torch.equal(memory.salience_logits(inputs), alone)
+
+
 def test_historical_names_are_other_names():
     config = BwrDncConfig(d_model=64, n_layers=3, n_heads=4, max_seq_len=512)
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (64, 3, 4)

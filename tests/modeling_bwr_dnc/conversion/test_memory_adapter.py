@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from modeling_bwr_dnc.conversion import (
     adapter_budget,
@@ -47,6 +48,21 @@ def test_adapter_brings_the_trained_memory_into_another_model(adapter):
         names = load_memory_adapter(model, path)
         torch.testing.assert_close(model(ids).logits, trained(ids).logits)
     assert names == sorted(name for name in model.state_dict() if ".memory." in name)
+
+
+def test_adapter_brings_its_second_salience_head_along(tmp_path):
+    _, trained = converted()
+    trained.add_secondary_salience()
+    train_memory(trained)
+    names = save_memory_adapter(trained, tmp_path / "adapter.safetensors")
+    _, model = converted()
+    assert load_memory_adapter(model, tmp_path / "adapter.safetensors") == names
+    assert any("secondary_salience" in name for name in names)
+    ids = torch.randint(259, (1, 120))
+    model.save_pretrained(tmp_path / "model")
+    for loaded in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "model")):
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, trained(ids).logits)
 
 
 def test_adapter_holds_memory_parameters_only(adapter):
