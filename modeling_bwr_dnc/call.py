@@ -222,6 +222,8 @@ def lay_out(
     real = None if attention_mask is None else _real_tokens(attention_mask, shape, seen)
     starts = None if position_ids is None else _document_starts(position_ids, real, shape, seen)
     is_uniform = phases is None or all(phase == phases[0] for phase in phases)
+    # Rows at different positions are read together in place only, without gradients.
+    is_step = num_tokens == 1 and starts is None and not torch.is_grad_enabled()
     if real is None and starts is None:
         whole = Sequences(everything, [num_tokens] * batch_size, keeps_state=[True] * batch_size)
         layout = Layout([whole], max(seen) + num_tokens)
@@ -229,7 +231,7 @@ def lay_out(
             _note_columns(layout, attention_mask, seen, whole.counts)
         if is_uniform:
             return layout
-        if num_tokens == 1:
+        if is_step:
             layout.active = [True] * batch_size
             return layout
     if real is None:
@@ -239,7 +241,7 @@ def lay_out(
     layout = Layout([], max(map(sum, zip(seen, counts, strict=True))), real=real, counted=real.clone())
     if wants_columns and attention_mask is not None and starts is None:
         _note_columns(layout, attention_mask, seen, counts)
-    if num_tokens == 1 and starts is None:
+    if is_step:
         layout.sequences = [Sequences(everything, counts, keeps_state=[True] * batch_size)]
         layout.active = [count == 1 for count in counts]
         return layout

@@ -54,13 +54,15 @@ def ragged_batch(lengths, width, side, seed=0):
 
 
 def read_padded(model, ids, mask, chunks):
-    """Like `read`, with the mask of the whole history at every step, as `generate` gives it."""
+    """
+    Like `read`, with the mask of the whole history at every step, as `generate` gives it; with gradients in training.
+    """
     cache, logits, start = None, [], 0
-    with torch.no_grad():
+    with torch.set_grad_enabled(model.training):
         for length in chunks:
             stop = start + length
             output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
-            logits.append(output.logits)
+            logits.append(output.logits.detach())
             cache, start = output.past_key_values, stop
     return torch.cat(logits, dim=1), cache
 
@@ -453,6 +455,18 @@ def test_training_mode_gives_the_logits_of_evaluation(seed):
     expected = read(model, ids, attention_mask=mask)[0]
     actual = model.train()(ids, attention_mask=mask, use_cache=False).logits.detach()
     assert_close(actual[mask.bool()], expected[mask.bool()])
+
+
+@given(SEEDS, st.sampled_from(["left", "right", "anywhere"]))
+def test_rows_trained_in_chunks_equal_the_rows_alone(seed, side):
+    model = random_model(seed, max_segment=8, max_slots=8).train()
+    longest = 4 * model.config.segment_length + 1
+    ids, mask, rows = ragged_batch([longest, longest // 2, 1], longest, side, seed)
+    logits, cache = read_padded(model, ids, mask, random_chunks(longest, 3, seed))
+    for index, row in enumerate(rows):
+        alone_logits, alone_cache = read(model, row)
+        assert_close(logits[index : index + 1][:, mask[index].bool()], alone_logits)
+        assert_same_bank(cache.detach(), alone_cache, first_row=index)
 
 
 @pytest.mark.parametrize("noise", [None, 17], ids=["exact", "noise"])
