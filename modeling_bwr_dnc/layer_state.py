@@ -206,6 +206,22 @@ class BankState:
             state.complexity[index, :, stored:] = 0
         return state
 
+    def without_slots(self) -> "BankState":
+        """Same rows with sinks and window only."""
+        if not any(row.num_slots for row in self.rows):
+            return self
+        if not self.is_uniform:
+            return BankState.stack([self.select([i]).without_slots() for i in range(len(self.rows))])
+        end, rows = self.num_prefix(), [replace(row, slot_counts=(0, 0, 0)) for row in self.rows]
+        first = end - self.rows[0].num_slots
+
+        def cut(tensor):
+            return None if tensor is None else torch.cat((tensor[:, :, :first], tensor[:, :, end:]), dim=2)
+
+        wide: dict = {name: cut(getattr(self, name)) for name in ("keys", "values", "holes")}
+        entries = self.entries.map(cut)
+        return replace(self, rows=rows, entries=entries, **wide, **dict.fromkeys(BankState.DERIVED))
+
     @staticmethod
     def stack(states: "list[BankState]") -> "BankState":
         """Rows of several states in one batch; they may stand at different positions."""

@@ -299,6 +299,7 @@ class SinkWindowAttention(nn.Module):
             if not torch.compiler.is_compiling() and state.settings != settings:
                 # Working copies were made with the former ones.
                 state = replace(state, settings=settings, **dict.fromkeys(BankState.DERIVED))
+                state = state if any(settings.memory_slots) else state.without_slots()
             state = refreshed(state, call.rotary)
         conv_inputs = {}
         if self.short_conv is not None:
@@ -564,7 +565,7 @@ class BwrDncModel(BwrDncPreTrainedModel):
             past_key_values: a `StateBankCache`, or any cache made of its layers. It is updated and returned; with gradients its
                 new tensors carry them, and the old ones are left as they were.
             use_cache: whether to keep state; by default `config.use_cache`, and not under gradient checkpointing.
-            use_memory: `False` reads sinks and window only; defaults to `config.use_memory`.
+            use_memory: `False` reads sinks and window only, and empties the slots of `past_key_values`; defaults to `config.use_memory`.
             retention_noise_seed: in training, seeds Gumbel noise on which entries stay; pass the step number.
             hidden_states_to_keep: the last layer computes, and `last_hidden_state` holds, only the last so many tokens, 0 for none
                 (None: all). The memory is the same.

@@ -197,8 +197,9 @@ class StateBankLayer(CacheLayerMixin):
         for index, restored in earlier.items():
             state = state.replaced([index], restored)
             self.journal[index] = None
+        # A span may have been pinned since what is restored was recorded.
         rows = [
-            replace(row, seen=target.seen, columns=target.columns, pads=target.pads)
+            replace(row, seen=target.seen, pinned=target.pinned, columns=target.columns, pads=target.pads)
             for row, target in zip(state.rows, targets, strict=True)
         ]
         self.state = replace(state, rows=rows, history=history).cleared()

@@ -655,6 +655,16 @@ def test_pinned_spans_may_overlap_each_other_and_the_sinks():
         cache.pin(7, 8)
 
 
+def test_what_is_pinned_stays_pinned_when_tokens_are_taken_back_over_a_consolidation():
+    model = tiny_model(tiny_config())
+    cache = read(model, token_ids(16))[1]
+    cache.activate_past_recording()
+    cache = read(model, token_ids(2, seed=1), cache=cache)[1]
+    cache.pin(12, 15)
+    cache.crop(-3)
+    assert all(row.pinned == ((12, 15),) for state in cache.states for row in state.rows)
+
+
 @pytest.mark.parametrize("change", [{"memory_slots": [4, 2, 1]}, {"use_memory": False}])
 def test_fewer_slots_than_are_pinned_are_refused_and_nothing_is_lost(change):
     model = tiny_model(tiny_config(memory_slots=[8, 4, 2]))
@@ -735,3 +745,19 @@ def test_without_memory_equals_a_model_without_slots(seed):
     weights = {name: value for name, value in model.state_dict().items() if ".memory." not in name}
     window_only.load_state_dict(weights)
     assert_close(read(model, ids, use_memory=False)[0], read(window_only, ids)[0])
+
+
+@given(SEEDS)
+def test_going_on_without_memory_reads_no_slot_of_a_full_bank(seed):
+    model = random_model(seed, max_segment=8, max_slots=8)
+    lengths = [overflowing_length(model.config), 3 * model.config.segment_length + 1]
+    cache = StateBankCache.stack([read(model, token_ids(length, seed + i))[1] for i, length in enumerate(lengths)])
+    spoiled = cache.clone()
+    for state in spoiled.states:
+        for index, row in enumerate(state.rows):
+            state.keys[index, :, state.num_prefix(index) - row.num_slots : state.num_prefix(index)] = 9.0
+        state.rotated = None
+    more = token_ids(3, seed).repeat(2, 1)
+    logits, spoiled = read(model, more, cache=spoiled, use_memory=False)
+    assert_close(read(model, more, [1, 2], cache=cache, use_memory=False)[0], logits)
+    assert spoiled.tokens(row=0) == spoiled.tokens(row=1) == []
