@@ -97,7 +97,7 @@ class BankReader:
         """
         Args:
             compress: the layer's compressor; None without slots.
-            on_consolidation: told the state before each consolidation, and the sequences in it.
+            on_consolidation: told the state before each consolidation, and the sequences in it that go on.
             shows_columns: attention weights are shown over the columns of the batch, not over the entries read.
             only_writes: no output is wanted of what is read in place, only the state after it.
         """
@@ -262,7 +262,7 @@ class BankReader:
             row = state.rows[0]
             room = row.window_start + 2 * self.settings.segment_length - row.seen
             if room == 0:
-                self.on_consolidation(state, list(range(len(state.rows))))
+                self.on_consolidation(state, [i for i, count in enumerate(self.counts) if count > start])
                 state, _ = self.begin_segment(state)
                 room = self.settings.segment_length
             count = self._segments_together(state, start)
@@ -364,8 +364,8 @@ class BankReader:
             if active[index] and row.seen - row.window_start == 2 * length:
                 due.setdefault(row.phase, []).append(index)
         for indices in due.values():
+            self.on_consolidation(state, indices)
             part = state.select(indices) if len(indices) < len(state.rows) else state
-            self.on_consolidation(part, indices)
             state = state.replaced(indices, self.begin_segment(part)[0])
         if all(active) and state.is_uniform:
             return self._read_in_place(tokens, state)

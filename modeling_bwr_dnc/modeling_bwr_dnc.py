@@ -374,8 +374,11 @@ class SinkWindowAttention(nn.Module):
         """What tells a recording cache layer of consolidations in these sequences."""
 
         def note(before: BankState, indices: list[int]) -> None:
-            if layer is not None and layer.record_past:
+            # Of packed documents the last one of a row is gone back over.
+            indices = [i for i in indices if sequences.keeps_state[i]]
+            if layer is not None and layer.record_past and indices:
                 rows = [sequences.rows[i] for i in indices]
+                before = before if len(indices) == len(before.rows) else before.select(indices)
                 layer.note_consolidation(self._with_conv_inputs(before, conv_inputs, rows), rows, batch_size)
 
         return note
@@ -630,8 +633,9 @@ class BwrDncModel(BwrDncPreTrainedModel):
                 # The layer may run twice, or must leave no trace.
                 state = state.map(torch.Tensor.clone)
             num_kept = hidden_states_to_keep if decoder_layer is decoder_layers[-1] else None
+            recording = cache_layer if call.keeps_state else None
             hidden_states, state = decoder_layer(
-                hidden_states, call=call, state=state, layer=cache_layer, num_kept=num_kept
+                hidden_states, call=call, state=state, layer=recording, num_kept=num_kept
             )
             if call.keeps_state and cache_layer is not None:
                 cache_layer.state = state

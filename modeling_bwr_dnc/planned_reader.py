@@ -251,7 +251,7 @@ class PlannedReader(BankReader):
                     left = num_prefix + row.window_start - first_position
                     leaving = torch.arange(left, left + length, device=device).expand(*shape[:2], length)
                     plan = Plan(torch.cat((plan.source, leaving), dim=2), plan.pairs)
-                    self.on_consolidation(state, list(range(len(state.rows))))
+                    self.on_consolidation(state, [i for i, count in enumerate(self.counts) if count > start])
                     state, plan = self.begin_segment(state, plan)
                     room = length
                 stop = min(start + room, len(tokens))

@@ -572,6 +572,42 @@ def test_crop_stays_within_a_packed_document():
         cache.crop(-3)
 
 
+@pytest.mark.parametrize("kernel", [0, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_crop_takes_back_what_each_row_has_read_however_far_others_went(kernel, training):
+    model = tiny_model(tiny_config(short_conv_kernel=kernel)).train(training)
+    before = token_ids(14)
+    cache = read(model, before.repeat(2, 1))[1]
+    cache.activate_past_recording()
+    ids, mask, rows = ragged_batch([15, 8], 15, "left")
+    cache = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).past_key_values.detach()
+    cache.crop(-3)
+    for index, row in enumerate(rows):
+        alone = read(model, torch.cat([before, row[:, :-3]], dim=1))[1]
+        assert_same_bank(cache, alone, first_row=index, but="conv_inputs")
+
+
+def test_crop_goes_back_over_the_last_of_packed_documents():
+    model = tiny_model(tiny_config(short_conv_kernel=3))
+    cache, documents = StateBankCache(config=model.config), [token_ids(length, seed=length) for length in (11, 17, 18)]
+    cache.activate_past_recording()
+    positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None]
+    cache = read(model, torch.cat(documents, dim=1), cache=cache, position_ids=positions)[1]
+    cache.crop(-3)
+    assert_same_bank(cache, read(model, documents[-1][:, :-3])[1], but="conv_inputs")
+
+
+def test_reading_without_keeping_leaves_no_trace_in_what_is_recorded():
+    model = tiny_model(tiny_config())
+    cache = read(model, token_ids(14))[1]
+    cache.activate_past_recording()
+    cache = read(model, token_ids(3, seed=1), cache=cache)[1]
+    with torch.no_grad():
+        model(token_ids(9, seed=2), past_key_values=cache, use_cache=False)
+    cache.crop(-3)
+    assert_same_bank(cache, read(model, token_ids(14))[1])
+
+
 def test_crop_of_more_than_a_segment_says_so():
     model = tiny_model(tiny_config())
     cache = read(model, token_ids(40))[1]
