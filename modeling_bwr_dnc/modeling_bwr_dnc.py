@@ -577,6 +577,11 @@ class BwrDncModel(BwrDncPreTrainedModel):
             raise ValueError("`forward` takes either `input_ids` or `inputs_embeds`, and exactly one of them.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape:
+            raise ValueError(
+                f"The tokens have the shape {list(inputs_embeds.shape[:-1])}, but must be [B, T] with at least one row and one token; an "
+                "empty text has none: begin with `bos_token_id`, for example."
+            )
         is_checkpointing = self.gradient_checkpointing and self.training
         if use_cache is None:
             use_cache = self.config.use_cache and not is_checkpointing
@@ -771,7 +776,7 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
         }
         tokens = inputs_embeds if input_ids is None else input_ids
         # Without any, the decoder says what is missing.
-        num_tokens = 0 if tokens is None else tokens.shape[1]
+        num_tokens = 0 if tokens is None or tokens.dim() < 2 else tokens.shape[1]
         if new_tokens_mask is not None:
             if new_tokens_mask.shape[1] != num_tokens:
                 raise ValueError(

@@ -198,6 +198,12 @@ def test_neither_ids_nor_embeddings_or_both_is_refused(model):
                 part(**given)
 
 
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3), (3,)])
+def test_an_input_without_tokens_or_rows_is_refused(model, shape):
+    with pytest.raises(ValueError, match=r"at least one row and one token"):
+        model(torch.ones(shape, dtype=torch.int64))
+
+
 def test_continuing_without_a_new_token_is_refused(model):
     ids = torch.randint(0, 50, (1, 12))
     with torch.no_grad():
