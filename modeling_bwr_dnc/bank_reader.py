@@ -398,7 +398,8 @@ class BankReader:
         slots = [state.rows[i].seen % length // QUERY_STRIDE for i in storing]
         if storing:
             rows, places = self.call.on_device(storing), self.call.on_device(slots)
-            state.queries[rows, :, places] = tokens.queries[rows, :, 0]
+            # Norms of queries are in float32 under autocast.
+            state.queries[rows, :, places] = tokens.queries[rows, :, 0].to(state.queries.dtype)
             state.complexity[rows, :, places] = tokens.complexity[rows, :, 0]
         for index, row in enumerate(state.rows):
             row.seen += active[index]

@@ -301,6 +301,15 @@ def test_autocast_keeps_salience_and_retention_in_float32():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_rows_at_different_positions_are_decoded_under_autocast_with_normed_queries():
+    model = tiny_model(tiny_config(use_qk_norm=True)).float()
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :5] = 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model.generate(token_ids(9).repeat(2, 1), attention_mask=mask, max_new_tokens=20, do_sample=False)
+    assert output.shape == (2, 29)
+
+
 def test_a_state_of_another_precision_is_refused_and_nothing_is_lost(model):
     ids = torch.randint(0, 50, (1, 40))
     with torch.no_grad():
