@@ -82,6 +82,11 @@ class BwrDncTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`memory_learning_rate` is {self.memory_learning_rate}, but must be a number of at least 0."
             )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but the chunked loss has none; set it to 0, or use the "
+                "library's `Trainer`."
+            )
         if self.gradient_checkpointing_kwargs["use_reentrant"]:
             raise ValueError(
                 "`gradient_checkpointing_kwargs` asks for use_reentrant=True, which would write the memory twice; use False."

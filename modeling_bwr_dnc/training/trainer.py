@@ -34,6 +34,11 @@ class BwrDncTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "`compute_loss_func` would not be called: the loss is computed in chunks, without all logits; leave it out, or use the "
+                "library's `Trainer`."
+            )
         if self.args.return_freed_memory and self.args.device.type == "cpu":
             return_freed_memory()
         if self.is_deepspeed_enabled and self.args.span_length and self.args.gradient_spans:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from modeling_bwr_dnc import BwrDncForCausalLM
-from modeling_bwr_dnc.training import BwrDncTrainingArguments
+from modeling_bwr_dnc.training import BwrDncTrainer, BwrDncTrainingArguments
 from modeling_bwr_dnc.training.spans import read_in_spans
-from tests.modeling_bwr_dnc.builders import tiny_config
+from tests.modeling_bwr_dnc.builders import tiny_config, tiny_model
 from tests.modeling_bwr_dnc.training.conftest import losses
 
 
@@ -119,12 +119,19 @@ def test_a_salience_margin_costs_the_same_with_layers_computed_again(train, rows
         ({"optimizer_in_backward": True}, "max_grad_norm"),
         ({"optimizer_in_backward": True, "max_grad_norm": 0.0, "span_length": 8}, "gradient_spans"),
         ({"span_length": 0}, "span_length"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, settings, words):
     with pytest.raises(ValueError, match=words):
         BwrDncTrainingArguments(output_dir=str(tmp_path), **settings)
+
+
+def test_a_loss_that_would_not_be_called_is_refused(tmp_path):
+    arguments = BwrDncTrainingArguments(output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        BwrDncTrainer(tiny_model(tiny_config()), arguments, compute_loss_func=lambda *_, **__: 0)
 
 
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
