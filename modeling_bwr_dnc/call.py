@@ -190,7 +190,6 @@ class Layout:
     """How the tokens of a call fall into sequences; all counts are known on the host."""
 
     sequences: list[Sequences]
-    longest: int  # tokens read by the widest row after this call
     active: list[bool] | None = None  # see `Call`
     real: torch.Tensor | None = None  # [B, T] bool: tokens that are no padding; None: all
     counted: torch.Tensor | None = None  # [B, T] bool: tokens that extend the history of their row; None: all
@@ -226,7 +225,7 @@ def lay_out(
     is_step = num_tokens == 1 and starts is None and not torch.is_grad_enabled()
     if real is None and starts is None:
         whole = Sequences(everything, [num_tokens] * batch_size, keeps_state=[True] * batch_size)
-        layout = Layout([whole], max(seen) + num_tokens)
+        layout = Layout([whole])
         if wants_columns and attention_mask is not None:
             _note_columns(layout, attention_mask, seen, whole.counts)
         if is_uniform:
@@ -238,7 +237,7 @@ def lay_out(
         real = torch.ones(shape, dtype=torch.bool, device=device)
     real_columns = [row.nonzero().squeeze(-1) for row in real]
     counts = [len(columns) for columns in real_columns]
-    layout = Layout([], max(map(sum, zip(seen, counts, strict=True))), real=real, counted=real.clone())
+    layout = Layout([], real=real, counted=real.clone())
     if wants_columns and attention_mask is not None and starts is None:
         _note_columns(layout, attention_mask, seen, counts)
     if is_step:

@@ -302,6 +302,13 @@ class BwrDncConfig(PreTrainedConfig):
         require(
             self.short_conv_kernel >= 0, "short_conv_kernel", self.short_conv_kernel, "be at least 0 (0 means none)"
         )
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        require(
+            rope_type not in ("dynamic", "longrope"),
+            "rope_parameters['rope_type']",
+            rope_type,
+            "not change angles with the length read, since what was read before keeps its own; use 'yarn' or 'llama3', for example",
+        )
         require(0 <= self.hidden_dropout < 1, "hidden_dropout", self.hidden_dropout, "be a probability below 1")
         has_one = self.memory_position == "constant" and any(self.memory_slots)
         positions = self.num_sink_tokens + 1 + 2 * self.segment_length if has_one else self.max_keys

@@ -493,10 +493,8 @@ class BwrDncRotaryEmbedding(LlamaRotaryEmbedding):
                 setattr(self, name, frequencies.to(after.device))
         return self
 
-    def table(self, hidden_states: torch.Tensor, longest: int) -> RotaryTable:
-        """For one forward pass, whose rows reach up to `longest` tokens (which only dynamic variants look at)."""
-        if self.rope_type in ("dynamic", "longrope"):
-            self(hidden_states, torch.tensor([[longest - 1]], device=hidden_states.device))
+    def table(self, hidden_states: torch.Tensor) -> RotaryTable:
+        """For one forward pass."""
         return RotaryTable(self.inv_freq.to(hidden_states.device), self.attention_scaling, hidden_states.dtype)
 
 
@@ -614,7 +612,7 @@ class BwrDncModel(BwrDncPreTrainedModel):
         if input_ids is None:
             input_ids = torch.full(inputs_embeds.shape[:2], -1, dtype=torch.int64, device=inputs_embeds.device)
         call = Call(
-            rotary=self.rotary_emb.table(inputs_embeds, layout.longest),
+            rotary=self.rotary_emb.table(inputs_embeds),
             sequences=layout.sequences,
             token_ids=input_ids,
             settings=settings,

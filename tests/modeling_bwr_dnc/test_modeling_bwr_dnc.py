@@ -55,6 +55,7 @@ def model():
         ({"retention_score": "luck"}, "retention_score"),
         ({"routing_thresholds": [0.5, 1.0]}, "routing_thresholds"),
         ({"hidden_dropout": 1.0}, "hidden_dropout"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
         ({"layer_types": ["full_attention", "full_attention"]}, "layer_types"),
         ({"layer_types": ["state_bank_attention"]}, "layer_types"),
         ({"segment_lenght": 8}, "segment_length"),
@@ -473,7 +474,7 @@ def test_angles_are_those_of_llama(start):
         LlamaConfig(head_dim=model.config.head_dim, rope_parameters=model.config.rope_parameters)
     )
     hidden_states = torch.zeros(1, 1, 1)
-    cos, sin = model.model.rotary_emb.table(hidden_states, start + 50).range(start, start + 50)
+    cos, sin = model.model.rotary_emb.table(hidden_states).range(start, start + 50)
     theirs = llama(hidden_states, torch.arange(start, start + 50)[None])
     half = model.config.head_dim // 2
     assert torch.equal(cos, theirs[0][0]) and torch.equal(sin[:, half:], theirs[1][0, :, half:])
