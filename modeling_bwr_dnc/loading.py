@@ -19,7 +19,7 @@ def read_config(name: str | Path, **settings) -> BwrDncConfig:
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **settings)
-    except OSError as error:
+    except (OSError, TypeError) as error:
         raise ValueError(f"the config of {name} could not be read: {first_line(error)}") from error
     if config.model_type != BwrDncConfig.model_type:
         raise ValueError(

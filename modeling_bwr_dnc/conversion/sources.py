@@ -23,6 +23,7 @@ from modeling_bwr_dnc.loading import first_line
 
 # Buffers that old Llama-family files carry and that every model computes by itself; they are not weights.
 _COMPUTED_TENSORS = ("rotary_emb.inv_freq",)
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass
@@ -70,7 +71,7 @@ def load_source(source: str | Path, dtype: torch.dtype | None = None) -> Source:
     name = str(path) if is_local else str(source)
     try:
         config = AutoConfig.from_pretrained(name)
-    except OSError as error:
+    except (OSError, TypeError) as error:
         place = "holds no readable config.json" if is_local else "could not be read from the Hub or its cache"
         raise ValueError(f"{name} {place}: {first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -115,8 +116,14 @@ def _load_exactly(name: str, **options) -> PreTrainedModel:
 def _load_tokenizer(name: str, **options) -> PreTrainedTokenizerBase | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, TypeError):
-        # Transformers has no error of its own for a folder without a tokenizer.
+    except Exception as error:
+        # Transformers has no error of its own for a folder without a tokenizer: only its files tell.
+        found = [file for file in _VOCABULARY_FILES if "gguf_file" not in options and Path(name, file).is_file()]
+        if found:
+            raise ValueError(
+                f"{found[0]} in {name} could not be read ({first_line(error)}); restore it from a copy, install what reads it, or "
+                "remove it to convert without a tokenizer"
+            ) from error
         return None
     # Nor for one of a Qwen model: its tokenizer is then one without a vocabulary.
     return tokenizer if tokenizer("Any text, 1 2 3", add_special_tokens=False).input_ids else None

@@ -39,6 +39,7 @@ def change_config(folder, **changes):
         (lambda folder: (folder / "model.safetensors").unlink(), "weights of .* could not be read"),
         (lambda folder: os.truncate(folder / "config.json", 100), "config of .* could not be read"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "model_type"),
+        (lambda folder: (folder / "config.json").write_text("null"), "config of .* could not be read"),
         (lambda folder: change_config(folder, segment_length="many"), "segment_length"),
         (lambda folder: change_config(folder, model_type="llama"), "is a llama model; convert it first"),
         (lambda folder: change_weights(folder, lambda tensors, name: tensors.pop(name)), "lacks the tensor .*up_proj"),

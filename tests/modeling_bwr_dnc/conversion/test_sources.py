@@ -47,6 +47,13 @@ def test_folder_without_tokenizer_files_has_no_tokenizer(tmp_path, name):
     assert load_source(tmp_path).tokenizer is None
 
 
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{"), ("tokenizer_config.json", "[]")])
+def test_a_tokenizer_that_cannot_be_read_is_an_error_and_not_left_out(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer.json in .* could not be read"):
+        load_source(folder)
+
+
 def test_unknown_tensor_is_named(folder):
     change_tensors(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.gate.weight": torch.ones(2)}))
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.gate\.weight"):
