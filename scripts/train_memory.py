@@ -137,6 +137,11 @@ def train_memory(arguments: argparse.Namespace) -> None:
         model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
         model.config.attention_boost, model.config.salience_scale = 0.0, arguments.scale
     use_budget(model, arguments)
+    if not any(model.config.memory_slots):
+        raise ValueError(
+            f"the slots are {model.config.memory_slots}, so there is nothing to keep; give the budget that the memory will have "
+            "(--memory-slots 512 160 96)"
+        )
     if arguments.compressors_only and not arguments.compressor_steps:
         raise ValueError("--compressors-only leaves nothing to teach; say for how many --compressor-steps")
     if arguments.compressor_steps and not model.config.memory_slots[1]:

@@ -48,9 +48,13 @@ def fit_attention_boost(
         on_step: called with the number of the step, the loss of its answers and of its prose, in nats per token.
 
     Raises:
-        ValueError: if a text is shorter than `lengths` and `num_prose` ask for.
+        ValueError: if the model has no slots, or a text is shorter than `lengths` and `num_prose` ask for.
     """
     config = model.config
+    if not config.use_memory or not any(config.memory_slots):
+        raise ValueError(
+            "the model reads no slots, so none can gain attention; give it some (`memory_slots`, `use_memory`)"
+        )
     shortest, longest = (round(times * config.max_keys) for times in lengths)
     for token_ids in texts:
         if len(token_ids) < longest + num_prose:

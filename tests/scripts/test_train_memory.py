@@ -50,6 +50,7 @@ def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     assert_refused(
         "none of them compressed", train_memory, *arguments, "--compressor-steps", 2, "--memory-slots", 28, 0, 0
     )
+    assert_refused("nothing to keep", train_memory, *arguments, "--memory-slots", 0, 0, 0)
     assert_refused("leaves nothing to teach", train_memory, *arguments, "--compressors-only")
     assert_refused("the layers are 0 to", train_memory, *arguments, "--repeats-layers", 1, 99)
     for option in (("--share", 2), ("--fact-share", -1)):

@@ -63,3 +63,9 @@ def test_short_texts_are_refused(model, tokenizer, manual):
     with pytest.raises(ValueError, match="give longer texts"):
         fit_attention_boost(model, tokenizer, [manual[:100]])
     assert model.config.attention_boost == [0.5, 1.5]
+
+
+def test_a_model_that_reads_no_slots_is_refused(model, tokenizer, manual):
+    model.config.use_memory = False
+    with pytest.raises(ValueError, match="reads no slots"):
+        fit_attention_boost(model, tokenizer, [manual])
