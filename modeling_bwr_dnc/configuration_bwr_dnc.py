@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import configuration_utils
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -224,7 +225,9 @@ class BwrDncConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Rules between fields. Raises `ValueError` with the value, the rule and the remedy."""
-        require(self.num_attention_heads >= 1, "num_attention_heads", self.num_attention_heads, "be at least 1")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
+        require(self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, f"be one of {', '.join(sorted(ACT2FN))}")
         require(
             self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
             "num_key_value_heads",

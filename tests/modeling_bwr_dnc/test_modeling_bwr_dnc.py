@@ -36,6 +36,9 @@ def model():
     [
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_key_value_heads"),
         ({"head_dim": 7}, "head_dim"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"hidden_act": "swish2"}, "hidden_act"),
         ({"memory_slots": [300, 0, 0]}, "max_position_embeddings"),
         ({"memory_slots": [0, 4, 2]}, "memory_slots"),
         ({"memory_slots": [4, 2]}, "memory_slots"),
