@@ -39,7 +39,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk_length):
             part = slice(start, start + chunk_length)
             counts = (labels[part] != IGNORED).to(precise)[:, None]
-            label, shares = labels[part].clamp(min=0)[:, None], buffer[: len(counts)]
+            label, shares = labels[part].masked_fill(labels[part] == IGNORED, 0)[:, None], buffer[: len(counts)]
             if kept is not None:
                 logits = kept[part].to(precise)
             elif weight.dtype == precise:

@@ -77,3 +77,9 @@ def test_autocast_computes_the_softmax_in_float32(problem):
     plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
     assert loss.dtype == torch.float32 and hidden.grad.dtype == torch.float32
     torch.testing.assert_close(loss, plain, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("label", [-1, 11])
+def test_a_label_that_is_no_token_is_an_error_and_not_another_token(label):
+    with pytest.raises(RuntimeError, match=f"index {label} is out of bounds"):
+        summed_cross_entropy(torch.randn(3, 4), torch.randn(11, 4), torch.tensor([2, label, -100]))
