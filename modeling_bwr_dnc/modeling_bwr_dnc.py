@@ -357,6 +357,10 @@ class SinkWindowAttention(nn.Module):
             after = self._with_conv_inputs(after, conv_inputs, list(range(shape[0])))
         if output is None:
             output = projected[0].new_zeros(projected[0].shape).flatten(2)
+            if self.training and needs_gradient:
+                # Of nothing but padding, too, every parameter belongs to the graph.
+                unused = sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
+                output = output + 0.0 * (projected[0].sum() + unused)
         return apply_linear(self.o_proj, last_positions(output, num_kept)), weights, after
 
     def _with_conv_inputs(self, state: BankState, conv_inputs: dict, rows: list[int]) -> BankState:

@@ -504,6 +504,15 @@ def test_every_parameter_gets_a_gradient_whether_the_bank_acts_or_not(length):
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+def test_every_parameter_gets_a_gradient_of_0_from_nothing_but_padding():
+    """As the last spans of a process are, whose rows are short."""
+    model = tiny_model(tiny_config(short_conv_kernel=3, use_qk_norm=True)).train()
+    ids = token_ids(5)
+    model(ids, attention_mask=torch.zeros_like(ids)).logits.mul(0.0).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
 # Taking back, and moving rows
 
 
