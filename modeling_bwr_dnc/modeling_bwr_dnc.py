@@ -929,6 +929,12 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
         if is_first_iteration and is_continued and inputs_embeds is None:
             input_ids, attention_mask = _new_tokens(StateBankCache.wrap(past_key_values), input_ids, attention_mask)
             next_sequence_length = None
+        elif is_first_iteration and is_continued and inputs_embeds.shape[1] <= past_key_values.get_seq_length():
+            raise ValueError(
+                f"`inputs_embeds` has {inputs_embeds.shape[1]} tokens, but the cache has read {past_key_values.get_seq_length()}: embeddings have "
+                "no ids to compare, and are taken for the full history. Pass all of it, or read the new ones before, with "
+                "`model(inputs_embeds=..., past_key_values=cache)`, and generate from the ids that follow."
+            )
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -216,6 +216,20 @@ def test_continuing_without_a_new_token_is_refused(model):
         model.generate(ids, past_key_values=cache, max_new_tokens=2)
 
 
+def test_embeddings_continue_a_memory_as_the_full_history_or_are_refused():
+    model, ids = tiny_model(tiny_config()), token_ids(40)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)[0, 40:]
+    for length in (3, 25, 35):
+        cache = model(ids[:, :length], use_cache=True).past_key_values
+        embedded = model.get_input_embeddings()(ids)
+        found = model.generate(
+            inputs_embeds=embedded, past_key_values=cache.clone(), max_new_tokens=6, do_sample=False
+        )
+        assert found[0].tolist() == expected.tolist()
+        with pytest.raises(ValueError, match="taken for the full history"):
+            model.generate(inputs_embeds=embedded[:, -length:], past_key_values=cache, max_new_tokens=6)
+
+
 def test_a_long_input_is_read_in_blocks_with_the_same_result(model):
     ids = torch.randint(0, 50, (2, 90), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
