@@ -639,11 +639,11 @@ class StateBankCache(Cache):
             tensors = {name: tensor.clone() for name, tensor in load_safetensors(blob).items()}
             for index, layer in enumerate(cache.layers):
                 layer.state = _state_from_files(description, tensors, index)
-        except (KeyError, TypeError, OSError) as error:
+            cache._loaded_fingerprint = description["weights_fingerprint"]
+        except (KeyError, IndexError, TypeError, OSError) as error:
             raise ValueError(
                 f"{path} is damaged or incomplete ({type(error).__name__}: {error}); restore the folder from a copy."
             ) from error
-        cache._loaded_fingerprint = description["weights_fingerprint"]
         if config is not None:
             check_matches_config(cache, config)
         return cache.to(device)

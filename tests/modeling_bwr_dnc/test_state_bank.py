@@ -85,6 +85,17 @@ def test_a_flipped_digit_of_the_description_is_noticed(saved):
         StateBankCache.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("changes", [{"settings": []}, {"rows": []}, {"tensors": None}, {"weights_fingerprint": ...}])
+def test_a_description_that_lacks_something_is_refused(saved, changes):
+    _, _, folder = saved
+    description = json.loads((folder / STATE_FILE).read_text()) | changes
+    description = {name: value for name, value in description.items() if value is not ...}
+    description["description_sha256"] = _digest_of(description)
+    (folder / STATE_FILE).write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        StateBankCache.from_pretrained(folder)
+
+
 def test_padding_in_a_file_of_an_earlier_version_is_understood(saved):
     _, _, folder = saved
     description = json.loads((folder / STATE_FILE).read_text())
