@@ -130,7 +130,7 @@ def visible_to_bwr_dnc(config: BwrDncConfig, num_positions: int) -> np.ndarray:
     segment = positions // length
     in_window = positions - np.maximum(segment - 1, 0) * length + 1
     total = np.zeros(num_positions, dtype=np.int64)
-    for layer_idx in range(config.num_hidden_layers):
+    for layer_idx in range(len(config.layer_types)):
         prefix = np.array(prefix_lengths(config, layer_idx, -(-num_positions // length)), dtype=np.int64)
         total += prefix[segment] + in_window
     return total
