@@ -17,6 +17,7 @@ Shapes: `B` rows, `T` tokens of this call, `H` query heads, `G` key/value heads,
 
 import copy
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -358,9 +359,7 @@ class SinkWindowAttention(nn.Module):
         if output is None:
             output = projected[0].new_zeros(projected[0].shape).flatten(2)
             if self.training and needs_gradient:
-                # Of nothing but padding, too, every parameter belongs to the graph.
-                unused = sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
-                output = output + 0.0 * (projected[0].sum() + unused)
+                output = _with_unused(output, (projected[0], *self.parameters()))
         return apply_linear(self.o_proj, last_positions(output, num_kept)), weights, after
 
     def _with_conv_inputs(self, state: BankState, conv_inputs: dict, rows: list[int]) -> BankState:
@@ -430,26 +429,27 @@ class StateBankAttention(SinkWindowAttention):
     def forward(self, hidden_states, call, state=None, layer=None, num_kept=None):
         output, weights, after = super().forward(hidden_states, call, state, layer, num_kept)
         if self.training and torch.is_grad_enabled():
-            # Every parameter belongs to the graph, also while no slot is in use: DDP and its like count on it.
-            unused = sum(parameter.sum() for parameter in self.memory.parameters() if parameter.requires_grad)
-            output = output + 0.0 * unused
+            output = _with_unused(output, self.memory.parameters())
         return output, weights, after
 
     def _learned_parts(self, call):
         return self.memory.compressor, call.use_routing
 
     def _memory_logits(self, hidden_states, call):
-        memory = self.memory
-        salience = memory.salience_logits(hidden_states) if call.use_salience else None
-        complexity = memory.routing(hidden_states) + COMPLEXITY_SHIFT if call.use_routing else None
-        if salience is None or complexity is None:
+        memory, neutral = self.memory, (None, None)
+        if not (call.use_salience and call.use_routing):
             neutral = super()._memory_logits(hidden_states, call)
-            salience = neutral[0] if salience is None else salience
-            complexity = neutral[1] if complexity is None else complexity
+        salience = memory.salience_logits(hidden_states) if call.use_salience else neutral[0]
+        complexity = memory.routing(hidden_states) + COMPLEXITY_SHIFT if call.use_routing else neutral[1]
         return salience, complexity
 
 
 ATTENTION_CLASSES = {kind.layer_type: kind for kind in (SinkWindowAttention, StateBankAttention)}
+
+
+def _with_unused(output: torch.Tensor, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """`output`, with all of `tensors` in its graph, also where no slot or no token uses them: DDP and its like count on it."""
+    return output + 0.0 * sum(tensor.sum() for tensor in tensors if tensor.requires_grad)
 
 
 def _sum_of_parts(weights: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ Examples:
 
 import argparse
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -207,8 +208,12 @@ def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse
             num_tokens=arguments.tokens,
             on_progress=on_progress,
         )
-    print("how far facts stand out, in standard deviations of ordinary text, by layer:")
-    print("  " + "  ".join(f"{layer}: {gap:.1f}" for layer, gap in gaps.items()), flush=True)
+    show_by_layer("how far facts stand out, in standard deviations of ordinary text", gaps.items(), digits=1)
+
+
+def show_by_layer(what: str, numbers: Iterable[tuple[int, float]], digits: int) -> None:
+    print(f"{what}, by layer:")
+    print("  " + "  ".join(f"{layer}: {number:.{digits}f}" for layer, number in numbers), flush=True)
 
 
 def show_step(progress: tqdm, **losses: float) -> None:
@@ -227,8 +232,7 @@ def teach_boosts(model, tokenizer, texts: list[list[int]], arguments: argparse.N
             prose_weight=arguments.prose_weight,
             on_step=lambda step, answers, prose: show_step(progress, answers=answers, prose=prose),
         )
-    print("attention that salient slots gain, in logits, by layer:")
-    print("  " + "  ".join(f"{layer}: {boost:.2f}" for layer, boost in enumerate(boosts)), flush=True)
+    show_by_layer("attention that salient slots gain, in logits", enumerate(boosts), digits=2)
 
 
 def teach_compressors(model, tokenizer, texts: list[list[int]], arguments: argparse.Namespace) -> None:
