@@ -178,8 +178,8 @@ class BwrDncConfig(PreTrainedConfig):
             # Saving a model only adds its own class; whoever loads the folder may want another.
             self.auto_map = dict(AUTO_MAP)
         # `@strict` runs these again, but wraps what they raise into an error that is no `ValueError`.
-        self.validate_architecture()
         self.validate_layer_type()
+        self.validate_architecture()
 
     def layer_slots(self, layer_idx: int) -> tuple[int, ...]:
         """Slots of the raw, the 2x and the 4x compressed level of one layer; none where it has no bank."""
@@ -191,8 +191,7 @@ class BwrDncConfig(PreTrainedConfig):
     @property
     def max_keys(self) -> int:
         """Keys that a token sees at most, in the layer with most slots: sinks, slots and window."""
-        share = 1 if self.slot_shares is None else max(self.slot_shares)
-        slots = sum(round(share * slots) for slots in self.memory_slots)
+        slots = max(sum(self.layer_slots(index)) for index in range(self.num_hidden_layers))
         return self.num_sink_tokens + slots + 2 * self.segment_length
 
     @property

@@ -8,15 +8,13 @@ Examples:
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-# It warns about a kernel for other machines as soon as it is imported.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 if not __package__:
     # Started as a file: the repository, not its scripts, is where imports begin.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import scripts  # noqa: F401
 
 from scripts import train  # noqa: E402
 from scripts.command_line import run  # noqa: E402

@@ -8,15 +8,13 @@ Examples:
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-# It warns about a kernel for other machines as soon as it is imported.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 if not __package__:
     # Started as a file: the repository, not its scripts, is where imports begin.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import scripts  # noqa: F401
 
 from modeling_bwr_dnc.training.recipe import read_recipe  # noqa: E402
 from modeling_bwr_dnc.training.run import run_recipe  # noqa: E402

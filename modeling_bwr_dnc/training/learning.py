@@ -58,8 +58,15 @@ def small_config(kind: str, task: Task, memory_slots: Sequence[int] = (32, 16, 8
     """
     kinds = (*MODEL_KINDS, *ABLATIONS)
     require(kind in kinds, "kind", kind, f"be one of {', '.join(kinds)}")
+    num_ids = getattr(task, "vocab_size", 256)
+    require(
+        settings.get("vocab_size", num_ids) >= num_ids,
+        "vocab_size",
+        settings.get("vocab_size"),
+        f"be at least {num_ids}, the ids of the task",
+    )
     shared = {
-        "vocab_size": getattr(task, "vocab_size", 256),
+        "vocab_size": num_ids,
         "hidden_size": 64,
         "initializer_range": 0.1,
         "bos_token_id": None,

@@ -95,10 +95,17 @@ class BwrDncTrainer(Trainer):
         """Backward passes of this optimizer step."""
         return max(getattr(self, "current_gradient_accumulation_steps", 1), 1)
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The library's; only where predictions are wanted are there logits of whole rows."""
+        if "labels" in inputs:
+            inputs = {**inputs, "skip_logits": bool(prediction_loss_only)}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one batch, read in spans; without gradients their memory does not grow with the length either."""
-        if self.compute_metrics is not None and not model.training:
+        if not inputs.get("skip_logits", True):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
         scale = self._loss_scale(inputs, num_items_in_batch)
         losses = [loss for loss, _ in self._spans(model, inputs, keeps_state=False)]
         loss = torch.stack(losses).sum() * scale

@@ -103,6 +103,8 @@ def test_layers_share_the_slots_out_until_others_are_given(tmp_path):
     assert [line["capacity"] for line in cache.memory_report()] == [3, 2, 1, 9, 6, 3]
     same = BwrDncForCausalLM.from_pretrained(tmp_path, memory_slots=[6, 4, 2]).config
     assert same.slot_shares is None and same.layer_slots(0) == same.layer_slots(1) == (6, 4, 2)
+    types = ["state_bank_attention", "sink_window_attention"]
+    assert AutoConfig.from_pretrained(tmp_path, layer_types=types).max_keys == 2 + 6 + 8
     others = AutoConfig.from_pretrained(tmp_path, memory_slots=[6, 4, 2], slot_shares=[2, 1])
     assert [others.layer_slots(index)[0] for index in range(2)] == [12, 6]
 

@@ -1,6 +1,9 @@
 """What all command lines share: errors and interruptions are one line, and outputs are tried before the work."""
 
 import argparse
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -43,3 +46,10 @@ def test_every_value_of_an_option_is_compared_with_its_least():
     for least in ({"rows": 2}, {"lengths": 3}, {"share": 0}):
         with pytest.raises(ValueError, match="must be at least"):
             check_least(arguments, **least)
+
+
+@pytest.mark.parametrize("command", [["-m", "scripts.train_task"], ["scripts/finetune.py"]])
+def test_libraries_are_quiet_while_they_are_imported(command):
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run([sys.executable, *command, "--help"], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.startswith("usage: scripts.")

@@ -162,6 +162,15 @@ def test_evaluation_is_the_mean_over_label_tokens(train, rows):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_predictions_are_the_logits_of_whole_rows(train, rows):
+    trainer = train(max_steps=1)
+    found = trainer.predict(torch.utils.data.Subset(rows, range(4)))
+    with torch.no_grad():
+        expected = trainer.model.eval()(**trainer.data_collator([rows[i] for i in range(4)]))
+    torch.testing.assert_close(torch.from_numpy(found.predictions), expected.logits)
+    assert found.metrics["test_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("failing", ["model.safetensors", "optimizer.pt"])
 def test_a_failed_save_leaves_the_last_checkpoint_intact(train, tmp_path, full_disk, failing):
     train(max_steps=1, save_strategy="steps", save_steps=1)
