@@ -10,7 +10,7 @@ def return_freed_memory() -> None:
     """
     Let the C library (glibc) give every freed tensor of `LARGE` bytes or more back to the system at once, in this process.
 
-    By default it keeps freed blocks of up to 32 MB, scattered between those in use, and a third more at the peak. The price is
+    By default it keeps freed blocks of up to 32 MB, scattered between those in use, and more than a third more at the peak. The price is
     page faults. `model_cards/results/training_memory_cpu_202611.md` has measurements of both.
     """
     threshold = -3  # M_MMAP_THRESHOLD

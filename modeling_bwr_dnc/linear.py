@@ -3,8 +3,8 @@ Linear maps, in float32 on AMD's processors by oneDNN instead of MKL.
 
 torch leaves products of float32 matrices to MKL, which uses no AVX-512 on processors of other makers, and one thread for a
 matrix and a vector; oneDNN, which torch has on board as well, has no favourites. On two cores of an EPYC (Zen 5) it takes 0.45 of
-the time for 1,024 rows, and 0.4 to 0.65 for one (`model_cards/results/speed_cpu_202611.md`). Everywhere else, and for whatever is
-no plain tensor in float32, these are torch's own.
+the time for 1,024 rows, and 0.4 to 0.65 for one (`model_cards/results/speed_cpu_202611.md`). Everywhere else, for small products, and for
+whatever is no plain tensor in float32, these are torch's own.
 """
 
 import platform

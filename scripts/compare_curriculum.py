@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=float,
         default=[0.25, 0.5, 0.75],
-        help="mean accuracies to reach; the last one ends",
+        help="mean accuracies to reach; the greatest ends a training",
     )
     return parser
 

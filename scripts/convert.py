@@ -1,4 +1,4 @@
-"""Convert a Llama, Mistral, Qwen2, Qwen3 or SmolLM checkpoint into a BWR-DNC model, and prove that it equals its source.
+"""Convert a Llama, Mistral, Qwen2, Qwen3 or SmolLM2 checkpoint into a BWR-DNC model, and prove that it equals its source.
 
 Examples:
   python -m scripts.convert --source HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2-bwr-dnc

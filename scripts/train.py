@@ -3,8 +3,8 @@
 Examples:
   python -m scripts.train --config configuration/bwr-dnc-tiny/training.yaml data.sources=book.txt
   python -m scripts.train --config configuration/bwr-dnc-tiny/training.yaml data.sources=book.txt --resume   (after a stop)
-  python -m scripts.train --config configuration/bwr-dnc-60m/training.yaml training.max_steps=100 training.report_to=tensorboard
-  accelerate launch scripts/train.py --config configuration/bwr-dnc-60m/training.yaml
+  python -m scripts.train --config configuration/bwr-dnc-60m/training.yaml data.sources=book.txt training.report_to=tensorboard
+  accelerate launch scripts/train.py --config configuration/bwr-dnc-60m/training.yaml data.sources=book.txt
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Train models of 0.1 million parameters from scratch on a long-range task: the memory, full attention, window only, Mamba2 and
+"""Train models of 0.1 to 0.25 million parameters from scratch on a long-range task: the memory, full attention, window only, Mamba2 and
 gated DeltaNet, alike, or the memory without one of its parts; then measure them far beyond the training length. Minutes per
 model on one CPU core.
 

@@ -90,7 +90,7 @@ def convert_checkpoint(
     the record of the conversion, and the Python files with which it loads elsewhere (`trust_remote_code=True`).
 
     Args:
-        source: a local folder, a Hub name or a `.gguf` file of a Llama, Mistral, Qwen2, Qwen3 or SmolLM model.
+        source: a local folder, a Hub name or a `.gguf` file of a Llama, Mistral, Qwen2, Qwen3 or SmolLM2 model.
         output: the folder to write; it appears only when complete.
         segment_length, num_sink_tokens, memory_slots, layer_types, allow_sliding_window: see `converted_config`. Slots that are
             `None` are those that the memory adapter is meant for, layer by layer, if it says so.

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2, Qwen3 and SmolLM checkpoints as BWR-DNC models.
+"""Llama, Mistral, Qwen2, Qwen3 and SmolLM2 checkpoints as BWR-DNC models.
 
 The two architectures share every tensor name; what differs is which biases and norms exist, and that BWR-DNC adds memory
 parameters (their names contain ".memory."), which start neutral. So a conversion translates the config, moves the tensors

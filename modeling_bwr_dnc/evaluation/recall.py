@@ -1,7 +1,7 @@
 """
 Several facts hidden in one long text, read once, and each asked for from a fork of the memory that the text left.
 
-The facts are of other kinds, names and wordings than those that `retrofit` teaches a memory with.
+The facts are of other templates and wordings than those that `retrofit` teaches a memory with, with other names but for the months.
 """
 
 import math

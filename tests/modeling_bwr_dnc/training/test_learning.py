@@ -140,7 +140,7 @@ def test_it_learns():
 
 @pytest.mark.slow
 def test_recall_far_beyond_the_training_length():
-    """ARCHITECTURE's second prototype: trained on at most 256 tokens, with 56 slots, right at 2,048."""
+    """As an early prototype did: trained on at most 256 tokens, with 56 slots, right at 2,048."""
     task = Lookup(length=256)
     learned = learn(small_config("memory", task), staged(task))
     for length in (256, 2048):
