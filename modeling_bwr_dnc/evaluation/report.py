@@ -97,6 +97,11 @@ def color_of(policy: str, policies: Sequence[str]) -> str:
     return POLICY_COLORS.get(policy) or MORE_COLORS[others.index(policy) % len(MORE_COLORS)]
 
 
+def shown(policy: str) -> str:
+    """The name of a policy in a picture."""
+    return policy.removeprefix("score:").replace("_", " ")
+
+
 def _draw_curves(axes, records: Sequence[dict], policies: Sequence[str]) -> None:
     is_loss = "perplexity" in records[0]
     point = "pairs" if "pairs" in records[0] else "length"
@@ -105,7 +110,7 @@ def _draw_curves(axes, records: Sequence[dict], policies: Sequence[str]) -> None
         across = [(record["start"] + record["stop"]) / 2 if is_loss else record[point] for record in mine]
         values = [record["loss"] if is_loss else record["exact"] for record in mine]
         style = {"linewidth": 2.6, "zorder": 3} if policy == "memory" else {"linewidth": 1.6}
-        axes.plot(across, values, "o-", markersize=4, color=color_of(policy, policies), label=policy, **style)
+        axes.plot(across, values, "o-", markersize=4, color=color_of(policy, policies), label=shown(policy), **style)
         if "least" in mine[0]:
             ends = [[record[name] for record in mine] for name in ("least", "greatest")]
             axes.fill_between(across, *ends, color=color_of(policy, policies), alpha=0.15, linewidth=0)
@@ -129,9 +134,8 @@ def _draw_budgets(figure, records: Sequence[dict], policies: Sequence[str]) -> N
             mine = sorted((r for r in records if r["policy"] == policy), key=lambda r: r["state_bytes"])
             across = [record["state_bytes"] / 1e6 for record in mine]
             style = {"linewidth": 2.6, "zorder": 3} if policy == "memory" else {"linewidth": 1.6}
-            name = policy.removeprefix("score:").replace("_", " ")
-            color = color_of(policy, policies)
-            axes.plot(across, [record[value] for record in mine], "o-", markersize=4, color=color, label=name, **style)
+            style |= {"color": color_of(policy, policies), "label": shown(policy)}
+            axes.plot(across, [record[value] for record in mine], "o-", markersize=4, **style)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel("state (MB)", color=INK)
@@ -162,7 +166,7 @@ def _draw_maps(figure, records: Sequence[dict], policies: Sequence[str], across:
         axes.set_xticks(range(len(columns)), [f"{value:,}" for value in columns], fontsize=7)
         axes.set_yticks(range(len(rows)), [f"{value:,}" for value in rows], fontsize=7)
         axes.set_xlabel(across, color=INK, fontsize=9)
-        axes.set_title(policy.replace("_", " "), color=INK, fontsize=10)
+        axes.set_title(shown(policy), color=INK, fontsize=10)
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel(down, color=INK, fontsize=9)
         _tidy(axes)
