@@ -140,6 +140,12 @@ class BankState:
     def is_uniform(self) -> bool:
         return all(row.phase == self.rows[0].phase for row in self.rows)
 
+    @property
+    def is_inference(self) -> bool:
+        """Whether tensors stem from `torch.inference_mode`: outside of it they cannot be written."""
+        # What else is written is made together with one of these.
+        return self.keys.is_inference() or (self.rotated is not None and self.rotated.is_inference())
+
     def num_prefix(self, row: int = 0) -> int:
         return self.rows[row].num_prefix(self.settings.num_sink_tokens)
 

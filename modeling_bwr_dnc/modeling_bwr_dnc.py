@@ -633,11 +633,14 @@ class BwrDncModel(BwrDncPreTrainedModel):
         hidden_states = inputs_embeds
         # Fewer than there are while `generate` drafts with the first layers (`assistant_early_exit`).
         decoder_layers = list(self.layers)[: self.config.num_hidden_layers]
+        # A compiler cannot ask.
+        writes_any = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
         for index, decoder_layer in enumerate(decoder_layers):
             cache_layer = None if cache is None else cache.layers[index]
             state = None if cache_layer is None else cache_layer.state
-            if state is not None and (is_checkpointing or not call.keeps_state):
-                # The layer may run twice, or must leave no trace.
+            is_kept = is_checkpointing or not call.keeps_state
+            if state is not None and (is_kept or (not writes_any and state.is_inference)):
+                # The layer may run twice, must leave no trace, or cannot write what inference mode has left.
                 state = state.map(torch.Tensor.clone)
             num_kept = hidden_states_to_keep if decoder_layer is decoder_layers[-1] else None
             recording = cache_layer if call.keeps_state else None

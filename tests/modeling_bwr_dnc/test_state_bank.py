@@ -202,6 +202,22 @@ def test_copies_and_pickles_continue_alike(saved):
             assert torch.equal(model(ids, past_key_values=one).logits, expected)
 
 
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_what_was_read_in_inference_mode_goes_on_outside_of_it(is_loaded, tmp_path):
+    model = small_model()
+    ids = torch.randint(0, 50, (1, 80), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits[:, 62:]
+        model(ids[:, :61]).past_key_values.save_pretrained(tmp_path)
+    # Of a loaded state only the working copies, which are made at its first use, stem from there.
+    cache = StateBankCache.from_pretrained(tmp_path) if is_loaded else StateBankCache(config=model.config)
+    with torch.inference_mode():
+        model(ids[:, cache.get_seq_length() : 62], past_key_values=cache)
+    with torch.no_grad():
+        found = [model(part, past_key_values=cache).logits for part in ids[:, 62:].split(9, dim=1)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_is_recorded_is_counted_moved_and_detached_with_the_rest():
     model = small_model()
     ids = torch.randint(0, 50, (2, 60), generator=torch.Generator().manual_seed(1))
