@@ -727,7 +727,10 @@ class FinishedRows(StoppingCriteriaList):
             return attention_mask
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         alive = (columns < self.columns.to(input_ids.device)[:, None]).long()
-        return alive if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].long() * alive
+        if attention_mask is None:
+            return alive
+        # Before the ids may stand embeddings, or what a memory has read.
+        return attention_mask.long() * F.pad(alive, (attention_mask.shape[1] - alive.shape[1], 0), value=1)
 
 
 class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
@@ -948,9 +951,15 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         inputs.pop("position_ids", None)
-        if is_continued and "attention_mask" in inputs and not inputs.get("output_attentions"):
+        if is_continued and "attention_mask" in inputs:
             fed = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            inputs["new_tokens_mask"] = inputs.pop("attention_mask")[:, -fed.shape[1] :]
+            mask, count = inputs["attention_mask"], fed.shape[1]
+            # Attention is shown over the columns of the whole history, whose mask there is for a cache that `generate` has made (what a
+            # wrapper puts before is added to it), but for embeddings.
+            is_own = inputs_embeds is None and not getattr(past_key_values, "_is_user_defined", False)
+            shows_all = inputs.get("output_attentions") and (is_own or _covers(mask[:, :-count], past_key_values))
+            if not shows_all:
+                inputs["new_tokens_mask"] = inputs.pop("attention_mask")[:, -count:]
         return inputs
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -976,6 +985,11 @@ def _kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Ten
             return hidden_states[logits_to_keep]
         return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
     return hidden_states[:, logits_to_keep]
+
+
+def _covers(mask: torch.Tensor, cache: Cache) -> bool:
+    """Whether a mask [B, W] is that of all that the rows of a cache have read."""
+    return (mask != 0).sum(1).tolist() == [row.seen for row in StateBankCache.wrap(cache).rows]
 
 
 def _new_tokens(

@@ -285,6 +285,36 @@ def test_attention_maps_are_distributions_over_what_is_seen(model):
         torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 50), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "given", ["new tokens", "padded new tokens", "full history", "embeddings", "padded embeddings"]
+)
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generation_shows_its_attention_whatever_it_continues(model, given, num_beams):
+    ids = torch.randint(1, 50, (2, 60), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    cache = StateBankCache(config=model.config)
+    if "padded" in given:
+        mask[0, 50:53] = 0
+    if "embeddings" not in given:
+        model(ids[:, :50], attention_mask=mask[:, :50], past_key_values=cache)
+    start = 50 if "new" in given else 0
+    given = (
+        {"inputs_embeds": model.get_input_embeddings()(ids)}
+        if "embeddings" in given
+        else {"input_ids": ids[:, start:]}
+    )
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": num_beams, "return_dict_in_generate": True}
+
+    def generate(**more):
+        inputs = {**given, "attention_mask": mask[:, start:], "past_key_values": cache.clone()}
+        return model.generate(**inputs, **options, **more)
+
+    shown = generate(output_attentions=True)
+    assert torch.equal(shown.sequences, generate().sequences)
+    for weights in sum(shown.attentions[1:], ()):
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), atol=1e-5, rtol=1e-5)
+
+
 def test_half_precision_reads_and_decodes_over_a_full_bank():
     for dtype in (torch.bfloat16, torch.float16):
         half = small_model().to(dtype)
