@@ -875,6 +875,11 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"`assistant_early_exit` is {exit_layer}, but must be the number of layers that draft, from 1 to {num_layers}."
             )
+        memory = model_kwargs.get("past_key_values")
+        if generation_config.use_cache is False and isinstance(memory, Cache) and memory.get_seq_length() > 0:
+            # Each step would be given all ids again, of which the memory has read some. A copy reads on, and the memory is left as it is.
+            model_kwargs["past_key_values"] = StateBankCache.wrap(memory).clone()
+            generation_config.use_cache = True
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             # Rows that have finished are fed padding until all have; it must not enter their memory.

@@ -750,6 +750,19 @@ def test_continuing_with_new_tokens_or_with_the_full_history_equals_not_stopping
         assert_same_bank(rest.past_key_values, whole.past_key_values)
 
 
+@pytest.mark.parametrize("start", [0, 40])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generating_without_a_cache_over_a_memory_gives_the_same_and_leaves_it(start, num_beams):
+    model, ids = tiny_model(tiny_config()), token_ids(45)
+    cache = read(model, ids[:, :40])[1]
+    before = cache.clone()
+    settings = {"do_sample": False, "max_new_tokens": 12, "num_beams": num_beams}
+    expected = model.generate(ids, **settings)[:, 45:]
+    found = model.generate(ids[:, start:], past_key_values=cache, use_cache=False, **settings)
+    assert torch.equal(found[:, 45 - start :], expected)
+    assert_same_bank(cache, before)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_every_way_of_decoding_gives_the_greedy_tokens_over_a_full_bank(seed):
     model, assistant = tiny_model(tiny_config(), seed), tiny_model(tiny_config(num_hidden_layers=1), seed)
