@@ -739,14 +739,29 @@ def check_pinned_fit(cache: StateBankCache, settings: list[BankSettings]) -> Non
 
 
 def fingerprint_weights(model: torch.nn.Module) -> str:
-    """Digest of the names, shapes, types and a sample of the values of all parameters (not of every value)."""
+    """Digest of the names, shapes, types and a sample of the values of all parameters (not of every value), offloaded or not."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta":
-            flat = parameter.detach().reshape(-1)
+        values = parameter if parameter.device.type != "meta" else _offloaded(model, name)
+        if values is not None:
+            flat = values.detach().reshape(-1)
             digest.update(flat[:: max(flat.numel() // 16, 1)][:17].cpu().double().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """The values that Accelerate holds elsewhere for a parameter on "meta"; None if it does not."""
+    parts = name.split(".")
+    # The hook that has them sits on the parameter's module or on a larger block.
+    for depth in reversed(range(len(parts))):
+        hook = getattr(model.get_submodule(".".join(parts[:depth])), "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            try:
+                return one.weights_map[".".join(parts[depth:])].to(model.get_parameter(name).dtype)
+            except (AttributeError, KeyError, TypeError):
+                continue
+    return None
 
 
 def _require_same_settings(first: StateBankCache, other: StateBankCache) -> None:

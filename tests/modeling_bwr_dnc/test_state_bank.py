@@ -4,15 +4,18 @@ import copy
 import gc
 import json
 import pickle
+import tempfile
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM, StateBankCache
 from modeling_bwr_dnc.layer_state import RowState, extend_history, shorten_history
-from modeling_bwr_dnc.state_bank import STATE_FILE, _digest_of
+from modeling_bwr_dnc.state_bank import STATE_FILE, _digest_of, fingerprint_weights
 
 
 def small_model(seed: int = 0, **settings) -> BwrDncForCausalLM:
@@ -148,6 +151,23 @@ def test_a_state_made_by_other_weights_is_refused_at_first_use_and_stays_usable(
         with pytest.raises(ValueError, match="fingerprint"):
             small_model(seed=7)(ids, past_key_values=loaded)
         assert torch.equal(model(ids, past_key_values=loaded).logits, model(ids, past_key_values=cache).logits)
+
+
+@pytest.mark.parametrize("place", ["disk", "memory", "behind other hooks"])
+def test_weights_have_one_fingerprint_offloaded_or_not(place, tmp_path):
+    def offloaded(model: BwrDncForCausalLM) -> BwrDncForCausalLM:
+        if place == "disk":
+            folder = tempfile.mkdtemp(dir=tmp_path)
+            model.save_pretrained(folder)
+            return BwrDncForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=folder + "/rest")
+        model = accelerate.cpu_offload(copy.deepcopy(model), "cpu")
+        for module in model.modules() if place == "behind other hooks" else ():
+            add_hook_to_module(module, ModelHook(), append=True)
+        return model
+
+    models = [small_model(), small_model(seed=7)]
+    plain, away = ([fingerprint_weights(model.model) for model in kind] for kind in (models, map(offloaded, models)))
+    assert plain == away and plain[0] != plain[1]
 
 
 def test_saving_warns_when_the_model_that_wrote_is_gone(tmp_path):
