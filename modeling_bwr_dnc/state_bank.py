@@ -739,9 +739,17 @@ def check_pinned_fit(cache: StateBankCache, settings: list[BankSettings]) -> Non
 
 
 def fingerprint_weights(model: torch.nn.Module) -> str:
-    """Digest of the names, shapes, types and a sample of the values of all parameters (not of every value), offloaded or not."""
+    """
+    Digest of the names, shapes, types and a sample of the values of all parameters (not of every value), offloaded or not. Of those
+    that bitsandbytes packs in 4 bits: of the name, and the sum of all values.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if hasattr(parameter, "quant_state") and parameter.device.type != "meta":
+            # Their first use may put them in another order and shape.
+            packed = parameter.data.view(torch.uint8)
+            digest.update(f"{name} {((packed >> 4).sum() + (packed & 15).sum()).item()}".encode())
+            continue
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         values = parameter if parameter.device.type != "meta" else _offloaded(model, name)
         if values is not None:

@@ -12,6 +12,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BitsAndBytesConfig
 
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM, StateBankCache
 from modeling_bwr_dnc.layer_state import RowState, extend_history, shorten_history
@@ -168,6 +169,25 @@ def test_weights_have_one_fingerprint_offloaded_or_not(place, tmp_path):
     models = [small_model(), small_model(seed=7)]
     plain, away = ([fingerprint_weights(model.model) for model in kind] for kind in (models, map(offloaded, models)))
     assert plain == away and plain[0] != plain[1]
+
+
+@pytest.mark.parametrize("use_double_quant", [False, True])
+def test_weights_in_4_bits_have_one_fingerprint_before_and_after_they_are_used(use_double_quant, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=use_double_quant
+    )
+    found = []
+    for seed in (0, 0, 7):
+        model, other = (small_model(one, hidden_size=64, intermediate_size=128) for one in (7, seed))
+        # Only what is quantised differs.
+        model.model.layers.load_state_dict(other.model.layers.state_dict())
+        model.save_pretrained(tmp_path)
+        model = BwrDncForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu").eval()
+        found.append(fingerprint_weights(model.model))
+        read(model)
+        found.append(fingerprint_weights(model.model))
+    assert found[0] == found[1] == found[2] == found[3] != found[4] == found[5]
 
 
 def test_saving_warns_when_the_model_that_wrote_is_gone(tmp_path):
