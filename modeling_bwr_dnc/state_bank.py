@@ -283,7 +283,7 @@ class StateBankCache(Cache):
                 raise ValueError(
                     f"The state was saved with a model whose weights have the fingerprint {self._loaded_fingerprint}, but this "
                     f"model's is {fingerprint}; a memory is only meaningful to the weights that wrote it. Load it with those, "
-                    "in the same precision."
+                    "in the same precision, and with the same adapters active."
                 )
         self._writer = weakref.ref(model)
 
@@ -741,7 +741,8 @@ def check_pinned_fit(cache: StateBankCache, settings: list[BankSettings]) -> Non
 def fingerprint_weights(model: torch.nn.Module) -> str:
     """
     Digest of the names, shapes, types and a sample of the values of all parameters (not of every value), offloaded or not. Of those
-    that bitsandbytes packs in 4 bits: of the name, and the sum of all values.
+    that bitsandbytes packs in 4 bits: of the name, and the sum of all values. And of which of PEFT's adapters are active, or merged; a
+    learned prompt is none of the model's weights, and not covered.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -755,6 +756,11 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
         if values is not None:
             flat = values.detach().reshape(-1)
             digest.update(flat[:: max(flat.numel() // 16, 1)][:17].cpu().double().numpy().tobytes())
+    for name, module in model.named_modules():
+        # A property in PEFT's layers alone: in every model of the library it is a method.
+        if isinstance(getattr(type(module), "disable_adapters", None), property):
+            active = [] if module.disable_adapters else sorted(module.active_adapters)
+            digest.update(f"{name} {active} {sorted(getattr(module, 'merged_adapters', ()))}".encode())
     return digest.hexdigest()[:32]
 
 

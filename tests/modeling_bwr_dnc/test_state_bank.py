@@ -190,6 +190,24 @@ def test_weights_in_4_bits_have_one_fingerprint_before_and_after_they_are_used(u
     assert found[0] == found[1] == found[2] == found[3] != found[4] == found[5]
 
 
+def test_weights_have_another_fingerprint_under_every_adapter_and_under_none(saved):
+    peft = pytest.importorskip("peft")
+    model, cache, _ = saved
+    config = peft.LoraConfig(r=2, init_lora_weights=False, modules_to_save=["norm"])
+    adapted = peft.get_peft_model(model, config, adapter_name="first")
+    adapted.add_adapter("second", config)
+    found = {}
+    for name in ("first", "second"):
+        adapted.set_adapter(name)
+        found[name] = cache.weights_fingerprint
+    with adapted.disable_adapter():
+        found["none"] = cache.weights_fingerprint
+    assert cache.weights_fingerprint == found["second"]
+    adapted.merge_adapter()
+    found["merged"] = cache.weights_fingerprint
+    assert len(set(found.values())) == 4
+
+
 def test_saving_warns_when_the_model_that_wrote_is_gone(tmp_path):
     cache = read(small_model())
     gc.collect()
