@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -1032,13 +1031,26 @@ def _new_tokens(
 class BwrDncForSequenceClassification(GenericForSequenceClassification, BwrDncPreTrainedModel):
     """The decoder with a classifier on the last real token of each row."""
 
+    def __init__(self, config: BwrDncConfig):
+        # The library's own looks the decoder up by the class of the config, of which a saved folder may bring another copy.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = BwrDncModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
 
 class BwrDncForTokenClassification(GenericForTokenClassification, BwrDncPreTrainedModel):
     """The decoder with a classifier on every token."""
 
+    def __init__(self, config: BwrDncConfig):
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = BwrDncModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
-# The library's generic heads find the base model by the class of the config, also when this file came with a saved model.
-AutoModel.register(BwrDncConfig, BwrDncModel, exist_ok=True)
 
 __all__ = [
     "BwrDncForCausalLM",

@@ -387,12 +387,13 @@ def test_a_saved_folder_loads_elsewhere_without_the_package(model, tmp_path):
         torch.save({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
     program = """
 import sys, torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 expected = torch.load("expected.pt")
 model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 with torch.no_grad():
     assert torch.equal(model(expected["ids"]).logits, expected["logits"])
-for auto in (AutoModel, AutoModelForSequenceClassification):
+# Loading the bare model makes it known to the library, which nothing else may need.
+for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModel):
     assert auto.from_pretrained("model", trust_remote_code=True)(expected["ids"])[0].isfinite().all()
 assert "modeling_bwr_dnc" not in sys.modules
 model.save_pretrained("again")
