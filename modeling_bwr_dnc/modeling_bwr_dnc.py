@@ -398,8 +398,7 @@ class SinkWindowAttention(nn.Module):
             config.hidden_size,
             config.short_conv_kernel,
         )
-        dtype = self.k_proj.weight.dtype if self.k_proj.weight.dtype.is_floating_point else like.dtype
-        dtype = autocast_dtype(like.device.type) or dtype
+        dtype = autocast_dtype(like.device.type) or like.dtype
         return BankState.empty(settings, batch_size, shapes, dtype, like.device)
 
     def _project(self, hidden_states: torch.Tensor, call: Call) -> tuple[torch.Tensor, ...]:

@@ -326,6 +326,16 @@ def test_half_precision_reads_and_decodes_over_a_full_bank():
         assert entries.salience.dtype == entries.usage.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_linear_maps_that_torch_has_quantised_keep_a_memory_in_the_precision_of_their_inputs(model):
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    with torch.no_grad():
+        outputs = quantized(torch.randint(0, 50, (2, 40)), use_cache=True)
+        outputs = quantized(torch.randint(0, 50, (2, 1)), past_key_values=outputs.past_key_values)
+    assert outputs.logits.isfinite().all()
+    assert outputs.past_key_values.layers[0].keys.dtype == torch.float32
+
+
 def test_queries_that_see_no_compressed_slots_are_finite_in_half_precision():
     for dtype in (torch.bfloat16, torch.float16):
         # Such a query masks with -10,000, times 8 in heads of this width: beyond float16.
