@@ -194,7 +194,8 @@ class Memory(nn.Module):
     def add_secondary_salience(self) -> None:
         """A second head, neutral at the start, for what is worth keeping where there is room; see `salience_logits`."""
         weight = self.salience.weight
-        self.secondary_salience = PreciseLinear(*weight.shape[::-1]).to(weight.device, weight.dtype)
+        self.secondary_salience = PreciseLinear(*weight.shape[::-1])
+        self.secondary_salience.weight = nn.Parameter(torch.zeros_like(weight))
 
     def salience_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """

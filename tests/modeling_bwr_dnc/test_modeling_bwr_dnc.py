@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_import_files
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -120,6 +121,12 @@ def test_the_second_salience_head_lifts_nothing_above_zero():
         assert (both > alone).any() and ((both > alone) & (both < 0)).any()
         memory.secondary_salience.weight.zero_()
         assert torch.equal(memory.salience_logits(inputs), alone)
+
+
+def test_a_model_with_every_learned_part_can_be_built_of_fake_tensors():
+    with FakeTensorMode():
+        model = small_model(use_secondary_salience=True, short_conv_kernel=3)
+    assert all(isinstance(parameter, FakeTensor) for parameter in model.parameters())
 
 
 def test_historical_names_are_other_names():
