@@ -447,7 +447,7 @@ class StateBankCache(Cache):
         for index, state in enumerate(layer.state for layer in self.layers):
             if state is None:
                 continue
-            slots = _slots_of_row(state, row)
+            slots = _slots_of_row(state, *_chosen_rows(state, row))
             columns = [getattr(slots, name)[0].tolist() for name in _SLOT_COLUMNS]
             for head, per_head in enumerate(zip(*columns, strict=True)):
                 for level, salience, usage, positions, token_ids in zip(*per_head, strict=True):
@@ -480,7 +480,7 @@ class StateBankCache(Cache):
             raise ValueError("`pin` needs a cache that a model with memory slots has read into; read first.")
         pinned = []
         for state in banks:
-            for index in range(len(state.rows)) if row is None else [row]:
+            for index in _chosen_rows(state, row):
                 settings = state.settings
                 counters = replace(state.rows[index], pinned=(*state.rows[index].pinned, (start, end)))
                 count = counters.num_pinned(settings.num_sink_tokens)
@@ -652,6 +652,16 @@ class StateBankCache(Cache):
 _SLOT_COLUMNS = ("level", "salience", "usage", "positions", "token_ids")
 
 
+def _chosen_rows(state: BankState, row: int | None) -> list[int]:
+    """The row that is asked for, negative from the end; None: all. Raises `ValueError` if there is no such row."""
+    rows = list(range(len(state.rows)))
+    if row is not None and not -len(rows) <= row < len(rows):
+        raise ValueError(
+            f"`row` is {row}, but must be one of the {len(rows)} rows of the memory: from 0 on, or from -1 backwards."
+        )
+    return rows if row is None else [rows[row]]
+
+
 def _prefix_of_row(state: BankState, row: int) -> Entries:
     """Entries before the window of one row, batch of one."""
     return state.entries.map(lambda tensor: tensor[row : row + 1, :, : state.num_prefix(row)])
@@ -667,7 +677,7 @@ def _forget_span(state: BankState, start: int, end: int, row: int | None) -> Ban
     """A copy of `state` without what stems from a span, see `StateBankCache.forget`: holes stand in its place."""
     state = state.map(torch.Tensor.clone).with_holes()
     chosen = torch.zeros(len(state.rows), dtype=torch.bool)
-    chosen[slice(None) if row is None else row] = True
+    chosen[_chosen_rows(state, row)] = True
     chosen = chosen.to(state.keys.device)
     positions = state.entries.positions
     gone = ((positions >= start) & (positions < end)).any(-1) & chosen[:, None, None]  # [B, G, N]

@@ -8,6 +8,7 @@ import copy
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -690,6 +691,20 @@ def test_a_pin_that_cannot_be_kept_is_refused():
         cache.pin(2, 7)
     with pytest.raises(ValueError, match=f"hold {10**18 - 2} tokens"):
         cache.pin(0, 10**18)
+
+
+def test_a_row_is_counted_from_either_end_and_must_exist():
+    cache = read(tiny_model(tiny_config()), token_ids(60).repeat(2, 1))[1]
+    forward, backward = cache.clone(), cache.clone()
+    for edited, row in ((forward, 1), (backward, -1)):
+        edited.forget(50, 52, row)
+        edited.pin(57, 58, row)
+    assert_same_bank(backward, forward, 1, 1)
+    assert backward.tokens(-1) == forward.tokens(1)
+    for row in (2, -3):
+        for ask in (cache.tokens, partial(cache.forget, 50, 52), partial(cache.pin, 57, 58)):
+            with pytest.raises(ValueError, match=f"`row` is {row}, but must be one of the 2 rows"):
+                ask(row)
 
 
 def test_pinned_spans_may_overlap_each_other_and_the_sinks():
