@@ -523,6 +523,16 @@ class BwrDncPreTrainedModel(PreTrainedModel):
             if isinstance(module, Memory) and module.secondary_salience is None:
                 module.add_secondary_salience()
 
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **options) -> None:
+        # torch's own default, the reentrant variant, runs a layer without gradients first, and would write its memory twice.
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "Gradient checkpointing was asked for with use_reentrant=True, but must be the other variant, since this one would write "
+                "the memory twice; leave it out, or use False."
+            )
+        function = functools.partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, function, **options)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -61,8 +61,6 @@ class BwrDncTrainingArguments(TrainingArguments):
     log_memory: bool = field(default=True, metadata={"help": "Log what the memory holds, forgets and learns."})
 
     def __post_init__(self):
-        # The reentrant variant runs a layer without gradients first, and would write its memory twice.
-        self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
         super().__post_init__()
         counts = (
             ("gradient_spans", 0),
@@ -86,10 +84,6 @@ class BwrDncTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`label_smoothing_factor` is {self.label_smoothing_factor}, but the chunked loss has none; set it to 0, or use the "
                 "library's `Trainer`."
-            )
-        if self.gradient_checkpointing_kwargs["use_reentrant"]:
-            raise ValueError(
-                "`gradient_checkpointing_kwargs` asks for use_reentrant=True, which would write the memory twice; use False."
             )
         if self.optimizer_in_backward:
             self._check_optimizer_in_backward()

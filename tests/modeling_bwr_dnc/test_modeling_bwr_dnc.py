@@ -432,6 +432,12 @@ model.save_pretrained("again")
         assert torch.equal(loaded(ids).logits, torch.load(tmp_path / "expected.pt")["logits"])
 
 
+def test_checkpointing_that_would_write_the_memory_twice_is_refused(model):
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert not model.is_gradient_checkpointing
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_what_an_mlp_computes_again_is_what_it_computed(model, dropout):
     peft = pytest.importorskip("peft")

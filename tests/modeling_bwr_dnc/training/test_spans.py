@@ -42,7 +42,7 @@ def ordinary(model, batch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_without_detaching_spans_equal_one_pass_with_gradients(model, batch, ordinary, span_length, checkpointing):
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({})
     else:
         model.gradient_checkpointing_disable()
     loss = sum(loss for loss, _ in read_in_spans(model, batch, span_length, 7))

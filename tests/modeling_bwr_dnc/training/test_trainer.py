@@ -120,7 +120,6 @@ def test_a_salience_margin_costs_the_same_with_layers_computed_again(train, rows
         ({"optimizer_in_backward": True, "max_grad_norm": 0.0, "span_length": 8}, "gradient_spans"),
         ({"span_length": 0}, "span_length"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, settings, words):
