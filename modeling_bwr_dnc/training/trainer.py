@@ -120,6 +120,11 @@ class BwrDncTrainer(Trainer):
 
     def _loss_scale(self, inputs: dict, num_items_in_batch) -> torch.Tensor | float:
         """What a sum over tokens is multiplied with, to make the mean over the label tokens of the whole optimizer step."""
+        if inputs.get("labels") is None:
+            raise ValueError(
+                f"A batch has {', '.join(inputs)}, but must have `labels`, too; have them added by the library's "
+                "`DataCollatorForLanguageModeling(tokenizer, mlm=False)`, or take rows from `build_rows` and a `RowCollator`."
+            )
         if num_items_in_batch is None:
             count = (shift_labels(inputs["labels"]) != IGNORED).sum()
             return 1 / (count.clamp(min=1) * self._accumulated())

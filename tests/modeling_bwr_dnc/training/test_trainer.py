@@ -133,6 +133,14 @@ def test_a_loss_that_would_not_be_called_is_refused(tmp_path):
         BwrDncTrainer(tiny_model(tiny_config()), arguments, compute_loss_func=lambda *_, **__: 0)
 
 
+def test_data_without_labels_are_refused(tmp_path, rows):
+    unlabelled = rows.remove_columns("labels")
+    arguments = BwrDncTrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
+    trainer = BwrDncTrainer(tiny_model(tiny_config(vocab_size=256)), arguments, train_dataset=unlabelled)
+    with pytest.raises(ValueError, match="must have `labels`"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
 def test_low_memory_optimizers_step_save_and_resume(train, tmp_path, optim):
     options = {
