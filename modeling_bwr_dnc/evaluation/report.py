@@ -134,8 +134,8 @@ def _draw_budgets(figure, records: Sequence[dict], policies: Sequence[str]) -> N
             mine = sorted((r for r in records if r["policy"] == policy), key=lambda r: r["state_bytes"])
             across = [record["state_bytes"] / 1e6 for record in mine]
             style = {"linewidth": 2.6, "zorder": 3} if policy == "memory" else {"linewidth": 1.6}
-            style |= {"color": color_of(policy, policies), "label": shown(policy)}
-            axes.plot(across, [record[value] for record in mine], "o-", markersize=4, **style)
+            color, name = color_of(policy, policies), shown(policy)
+            axes.plot(across, [record[value] for record in mine], "o-", markersize=4, color=color, label=name, **style)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel("state (MB)", color=INK)
