@@ -130,13 +130,13 @@ class BwrDncConfig(PreTrainedConfig):
     segment_length: int | None = None
     num_sink_tokens: int = 4
     memory_slots: list[int] | tuple[int, ...] | None = None
-    slot_shares: list[int | float] | None = None
+    slot_shares: list[int | float] | tuple[int | float, ...] | None = None
     memory_position: str = "rank"
     routing_thresholds: list[float | int] | tuple[float | int, ...] = (0.5, 0.8)
     usage_weight: int | float = 1.0
     salience_pooling: int = 1
     salience_boost: int | float = 0.0
-    attention_boost: int | float | list[int | float] = 0.0
+    attention_boost: int | float | list[int | float] | tuple[int | float, ...] = 0.0
     salience_scale: int | float = 1.0
     recency_weight: int | float = 0.0
     retention_score: str = "salience"
@@ -171,8 +171,9 @@ class BwrDncConfig(PreTrainedConfig):
             room = self.max_position_embeddings - self.num_sink_tokens - 2 * self.segment_length
             unit = max(0, min(128, room // 7))
             self.memory_slots = [4 * unit, 2 * unit, unit]
-        self.memory_slots = list(self.memory_slots)
-        self.routing_thresholds = list(self.routing_thresholds)
+        for name in ("memory_slots", "slot_shares", "routing_thresholds", "attention_boost"):
+            if isinstance(getattr(self, name), tuple):
+                setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
         if getattr(self, "auto_map", None) is None:
             # Saving a model only adds its own class; whoever loads the folder may want another.
@@ -286,8 +287,8 @@ class BwrDncConfig(PreTrainedConfig):
         for name in ("salience_boost", "recency_weight"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), name, value, "be a number of at least 0 (0 means none)")
-        is_list = isinstance(self.attention_boost, list)
-        boosts = self.attention_boost if is_list else [self.attention_boost] * self.num_hidden_layers
+        is_one = isinstance(self.attention_boost, (int, float))
+        boosts = [self.attention_boost] * self.num_hidden_layers if is_one else self.attention_boost
         require(
             len(boosts) == self.num_hidden_layers and all(0 <= boost < float("inf") for boost in boosts),
             "attention_boost",

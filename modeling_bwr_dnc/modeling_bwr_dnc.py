@@ -678,7 +678,7 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> list[BankSettings]:
         usage_weight=float(config.usage_weight),
         salience_pooling=config.salience_pooling,
         salience_boost=float(config.salience_boost),
-        attention_boost=0.0 if isinstance(boosts, list) else float(boosts),
+        attention_boost=float(boosts) if isinstance(boosts, (int, float)) else 0.0,
         salience_scale=float(config.salience_scale),
         recency_weight=float(config.recency_weight),
         retention_score=config.retention_score,
@@ -688,7 +688,7 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> list[BankSettings]:
     settings = [by_type[layer_type] for layer_type in config.layer_types]
     if use_memory and config.slot_shares is not None:
         settings = [replace(one, memory_slots=config.layer_slots(index)) for index, one in enumerate(settings)]
-    if isinstance(boosts, list):
+    if not isinstance(boosts, (int, float)):
         settings = [replace(one, attention_boost=boost) for one, boost in zip(settings, boosts, strict=True)]
     return settings
 

@@ -134,7 +134,7 @@ def convert_checkpoint(
         segment_length=config.segment_length,
         num_sink_tokens=config.num_sink_tokens,
         memory_slots=list(config.memory_slots),
-        slot_shares=config.slot_shares,
+        slot_shares=None if config.slot_shares is None else list(config.slot_shares),
         layer_types=config.layer_types,
         dtype=str(model.dtype).removeprefix("torch."),
         lossless_length=config.lossless_length,

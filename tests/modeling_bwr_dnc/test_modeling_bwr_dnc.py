@@ -94,6 +94,17 @@ def test_settings_left_open_fit_the_trained_positions():
     assert (config.segment_length, config.memory_slots) == (256, [512, 256, 128])
 
 
+def test_lists_of_a_config_may_be_tuples():
+    given = {
+        "memory_slots": (6, 4, 2),
+        "slot_shares": (1.5, 1),
+        "routing_thresholds": (0.5, 0.8),
+        "attention_boost": (2.0, 1),
+    }
+    config = small_model(**given).config
+    assert {name: getattr(config, name) for name in given} == {name: list(values) for name, values in given.items()}
+
+
 def test_layers_share_the_slots_out_until_others_are_given(tmp_path):
     model = small_model(memory_slots=[6, 4, 2], slot_shares=[0.5, 1.5], segment_length=4, num_sink_tokens=2)
     model.save_pretrained(tmp_path)
