@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.blocks import read_blocks
 from modeling_bwr_dnc.evaluation.measuring import task_accuracy
-from modeling_bwr_dnc.tasks import Copy, Lookup
+from modeling_bwr_dnc.tasks import Copy, Lookup, Recall
 from modeling_bwr_dnc.training.learning import (
     ABLATIONS,
     MODEL_KINDS,
@@ -84,6 +84,14 @@ def test_stages_double_up_to_the_task():
     assert [stage.until for stage in stages] == [pytest.approx(0.4), pytest.approx(0.65), 1.0]
     assert stages[-1].task == task
     assert staged(Copy(length=40)) == [Stage(Copy(length=40), 1.0)]
+    dense = Lookup(length=256, num_pairs=24)
+    assert [stage.task.num_pairs for stage in staged(dense)] == [8, 16, 24]
+
+
+def test_fewer_hops_come_first():
+    stages = staged(Recall(length=128, hops=3))
+    assert [(stage.task.length, stage.task.hops) for stage in stages] == [(64, 1), (64, 2), (64, 3), (128, 3)]
+    assert [stage.until for stage in stages] == [pytest.approx(end) for end in (0.05, 0.35, 0.61, 1.0)]
 
 
 def test_batches_go_from_short_to_long_in_equal_tokens():
