@@ -91,7 +91,8 @@ def test_stages_double_up_to_the_task():
 def test_fewer_hops_come_first():
     stages = staged(Recall(length=128, hops=3))
     assert [(stage.task.length, stage.task.hops) for stage in stages] == [(64, 1), (64, 2), (64, 3), (128, 3)]
-    assert [stage.until for stage in stages] == [pytest.approx(end) for end in (0.05, 0.35, 0.61, 1.0)]
+    assert [stage.until for stage in stages] == [pytest.approx(end) for end in (0.05, 0.35, 0.675, 1.0)]
+    assert [stage.task.num_chains for stage in stages] == [8, 4, 2, 8]
 
 
 def test_batches_go_from_short_to_long_in_equal_tokens():
