@@ -107,14 +107,14 @@ def staged(task: Task, shortest: int = 64) -> list[Stage]:
     A task at lengths that double up to its own: the first until 0.4 of the training, the last from 0.65 on.
 
     Pairs, if the task has any, are as dense as in the whole, but at most an eighth of the tokens and at least what fits. Where an
-    answer takes several hops, rows of the shortest length with fewer come before, of one hop for 0.05 of the training, of every
-    further number for 0.3, and the shortest length stays until half of the rest: two hops take long to be found.
+    answer takes several hops, rows of the shortest length with fewer come before, of one hop until 0.05 of the training, of more
+    until 0.35 at the latest, and the shortest length stays until half of the rest: two hops take long to be found.
     """
     lengths = [task.length]
     while lengths[0] // 2 >= shortest:
         lengths.insert(0, lengths[0] // 2)
     easier = [replace(task, **{"hops": hops}) for hops in range(1, getattr(task, "hops", 1))]
-    ends = [0.05 + 0.3 * index for index in range(len(easier))]
+    ends = np.linspace(0.05, 0.35, len(easier)).tolist()
     before = [Stage(_shortened(easy, lengths[0]), end) for easy, end in zip(easier, ends)]
     start = ends[-1] if ends else 0.0
     shares = (0.5, 0.7) if easier else (0.4, 0.65)
@@ -128,7 +128,7 @@ def _shortened(task: Task, length: int) -> Task:
     changes: dict = {"length": length}
     for name in ("num_pairs", "num_chains", "num_queries"):
         if hasattr(task, name):
-            changes[name] = max(1, min(getattr(task, name), length // (8 * getattr(task, "hops", 1))))
+            changes[name] = max(1, min(getattr(task, name), length // (8 * max(getattr(task, "hops", 1), 1))))
     return replace(task, **changes)
 
 

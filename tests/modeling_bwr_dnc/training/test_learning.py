@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.blocks import read_blocks
 from modeling_bwr_dnc.evaluation.measuring import task_accuracy
-from modeling_bwr_dnc.tasks import Copy, Lookup, Recall
+from modeling_bwr_dnc.tasks import Copy, Lookup, Recall, VariableTracking
 from modeling_bwr_dnc.training.learning import (
     ABLATIONS,
     MODEL_KINDS,
@@ -93,6 +93,9 @@ def test_fewer_hops_come_first():
     assert [(stage.task.length, stage.task.hops) for stage in stages] == [(64, 1), (64, 2), (64, 3), (128, 3)]
     assert [stage.until for stage in stages] == [pytest.approx(end) for end in (0.05, 0.35, 0.675, 1.0)]
     assert [stage.task.num_chains for stage in stages] == [8, 4, 2, 8]
+    for hops in (0, 1, 9):
+        ends = [stage.until for stage in staged(VariableTracking(length=2048, hops=hops), 1024)]
+        assert ends == sorted(ends) and ends[-1] == 1.0 and len(set(ends)) == len(ends)
 
 
 def test_batches_go_from_short_to_long_in_equal_tokens():
