@@ -14,7 +14,6 @@ from pathlib import Path
 if not __package__:
     # Started as a file: the repository, not its scripts, is where imports begin.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    import scripts  # noqa: F401
 
 from scripts import train  # noqa: E402
 from scripts.command_line import run  # noqa: E402

@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:
     # Started as a file: the repository, not its scripts, is where imports begin.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    import scripts  # noqa: F401
+    import scripts  # noqa: F401  (first, as with -m: it quiets libraries)
 
 from modeling_bwr_dnc.training.recipe import read_recipe  # noqa: E402
 from modeling_bwr_dnc.training.run import run_recipe  # noqa: E402

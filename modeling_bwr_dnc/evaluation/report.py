@@ -102,6 +102,12 @@ def shown(policy: str) -> str:
     return policy.removeprefix("score:").replace("_", " ")
 
 
+def _draw_line(axes, across: list, values: list, policy: str, policies: Sequence[str]) -> None:
+    width, order = (2.6, 3) if policy == "memory" else (1.6, 2)
+    color, label = color_of(policy, policies), shown(policy)
+    axes.plot(across, values, "o-", markersize=4, color=color, label=label, linewidth=width, zorder=order)
+
+
 def _draw_curves(axes, records: Sequence[dict], policies: Sequence[str]) -> None:
     is_loss = "perplexity" in records[0]
     point = "pairs" if "pairs" in records[0] else "length"
@@ -109,8 +115,7 @@ def _draw_curves(axes, records: Sequence[dict], policies: Sequence[str]) -> None
         mine = [record for record in records if record["policy"] == policy]
         across = [(record["start"] + record["stop"]) / 2 if is_loss else record[point] for record in mine]
         values = [record["loss"] if is_loss else record["exact"] for record in mine]
-        style = {"linewidth": 2.6, "zorder": 3} if policy == "memory" else {"linewidth": 1.6}
-        axes.plot(across, values, "o-", markersize=4, color=color_of(policy, policies), label=shown(policy), **style)
+        _draw_line(axes, across, values, policy, policies)
         if "least" in mine[0]:
             ends = [[record[name] for record in mine] for name in ("least", "greatest")]
             axes.fill_between(across, *ends, color=color_of(policy, policies), alpha=0.15, linewidth=0)
@@ -133,9 +138,7 @@ def _draw_budgets(figure, records: Sequence[dict], policies: Sequence[str]) -> N
         for policy in policies:
             mine = sorted((r for r in records if r["policy"] == policy), key=lambda r: r["state_bytes"])
             across = [record["state_bytes"] / 1e6 for record in mine]
-            style = {"linewidth": 2.6, "zorder": 3} if policy == "memory" else {"linewidth": 1.6}
-            color, name = color_of(policy, policies), shown(policy)
-            axes.plot(across, [record[value] for record in mine], "o-", markersize=4, color=color, label=name, **style)
+            _draw_line(axes, across, [record[value] for record in mine], policy, policies)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel("state (MB)", color=INK)

@@ -495,7 +495,7 @@ def build_model(setting: TrainingSetting) -> nn.Module:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad = is_memory_parameter(parameter_name)
     if setting.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable()
     return model
 
 
