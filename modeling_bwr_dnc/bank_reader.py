@@ -34,6 +34,7 @@ from .memory_ops import (
     rotary_start,
     rotate,
     route_gates,
+    route_thresholds,
     row_numbers,
     salience_bias,
     take_rows,
@@ -210,13 +211,22 @@ class BankReader:
         return weights.mean(dim=(2, 3))[:, :, : num_prefix + length]
 
     def _biases(self, state: BankState, complexity: torch.Tensor, num_keys: int):
-        """`key_bias`, `gates` and `level` for `attend`; all None where no entry carries a bias."""
+        """`key_bias`, `gates` and `is_level` for `attend`; all None where no entry carries a bias."""
         if state.holes is None and not is_biased(state.rows, self.settings):
             return None, None, None
-        gates = level = None
-        if self.uses_routing and any(row.slot_counts[1] or row.slot_counts[2] for row in state.rows):
-            gates, level = route_gates(complexity, self.settings), state.entries.level
-        return with_holes(state.key_bias, gates, level, state.holes, num_keys)
+        routing = self._routing(state.rows, complexity, state.entries.level)
+        return with_holes(state.key_bias, *routing, state.holes, num_keys)
+
+    def _routing(
+        self, rows: list[RowState], complexity: torch.Tensor, level: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`gates` and `is_level` for `attend`, of queries of some `complexity` over entries of a `level`; None where all are raw."""
+        if not self.uses_routing or not any(row.slot_counts[1] or row.slot_counts[2] for row in rows):
+            return None, None
+        dtype = torch.promote_types(complexity.dtype, torch.float32)
+        logits, offsets = (self.call.on_device(numbers, dtype) for numbers in route_thresholds(self.settings))
+        is_level = (level[..., None] == self.call.on_device((1, 2), torch.int8)).to(dtype)
+        return route_gates(complexity, logits, offsets, self.settings.use_hard_routing), is_level
 
     # --------------------------------------------------------------------------------------------------------- in place
 
@@ -502,13 +512,13 @@ class Finished:
         return together.select([order.index(i) for i in range(len(order))])
 
 
-def with_holes(key_bias, gates, level, holes, num_keys):
+def with_holes(key_bias, gates, is_level, holes, num_keys):
     """Biases of the entries before the window, extended over it where some of its entries were forgotten."""
     if holes is None:
-        return key_bias, gates, level
+        return key_bias, gates, is_level
     rest = num_keys - key_bias.shape[2]
     key_bias = (F.pad(key_bias, (0, rest)) + holes[:, :, :num_keys]).clamp(min=MASKED)
-    return key_bias, gates, None if level is None else F.pad(level, (0, rest))
+    return key_bias, gates, None if is_level is None else F.pad(is_level, (0, 0, 0, rest))
 
 
 def _pinned(entries: Entries, rows: list[RowState]) -> torch.Tensor | None:

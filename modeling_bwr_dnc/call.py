@@ -105,7 +105,7 @@ class Call:
     num_columns: int = 0
     masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     neutral: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    integers: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    numbers: dict[tuple, torch.Tensor] = field(default_factory=dict)
     elsewhere: "dict[torch.device, Call]" = field(default_factory=dict)
 
     def on(self, device: torch.device) -> "Call":
@@ -123,20 +123,20 @@ class Call:
                 key_columns=None if self.key_columns is None else self.key_columns.to(device),
                 masks={},
                 neutral={},
-                integers={},
+                numbers={},
             )
         return self.elsewhere[device]
 
-    def on_device(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Integers that the host knows, [K] int64, shared by all layers; a GPU gets them without the host waiting for it."""
+    def on_device(self, numbers: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """Numbers that the host knows, [K], shared by all layers; a GPU gets them without the host waiting for it."""
         if torch.compiler.is_compiling():
-            return torch.tensor(numbers, device=self.rotary.device)
-        key = tuple(numbers)
-        if key not in self.integers:
-            host = torch.tensor(key, dtype=torch.int64)
+            return torch.tensor(numbers, dtype=dtype, device=self.rotary.device)
+        key = (dtype, *numbers)
+        if key not in self.numbers:
+            host = torch.tensor(numbers, dtype=dtype)
             host = host.pin_memory() if self.rotary.device.type == "cuda" else host
-            self.integers[key] = host.to(self.rotary.device, non_blocking=True)
-        return self.integers[key]
+            self.numbers[key] = host.to(self.rotary.device, non_blocking=True)
+        return self.numbers[key]
 
     def neutral_logits(self, like: torch.Tensor, num_groups: int, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Salience [B, T, G] and complexity [B, T, H] of tokens [B, T, ...] where nothing is learned, shared by all layers."""

@@ -61,9 +61,9 @@ def _suits_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and prefers_onednn()
+        and (weight.numel() >= FEWEST_WEIGHTS or inputs.numel() * weight.shape[0] >= FEWEST_PRODUCTS)
         and inputs.dtype == weight.dtype == torch.float32
         and inputs.device.type == weight.device.type == "cpu"
-        and (weight.numel() >= FEWEST_WEIGHTS or inputs.numel() * weight.shape[0] >= FEWEST_PRODUCTS)
         and inputs.numel() > 0
         # Sharded, quantised and fake tensors have products of their own.
         and type(inputs) in (torch.Tensor, nn.Parameter)

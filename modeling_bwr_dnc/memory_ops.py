@@ -177,21 +177,25 @@ def merge_salience_bias(bias: torch.Tensor, log_mass: torch.Tensor) -> torch.Ten
     return torch.logsumexp(bias + log_mass, dim=-1) - torch.logsumexp(log_mass, dim=-1)
 
 
-def route_gates(complexity: torch.Tensor, settings: BankSettings) -> torch.Tensor:
+def route_thresholds(settings: BankSettings) -> tuple[list[float], list[float]]:
+    """Of levels 1 and 2: the logits of their thresholds, and what `route_gates` adds so that a query of the start gets 0."""
+    logits = [math.log(tau / (1 - tau)) for tau in settings.routing_thresholds]
+    return logits, [math.log1p(math.exp(logit - COMPLEXITY_SHIFT)) for logit in logits]
+
+
+def route_gates(complexity: torch.Tensor, logits: torch.Tensor, offsets: torch.Tensor, is_hard: bool) -> torch.Tensor:
     """
     Logit biases that a query gives to levels 1 and 2, from its complexity (a logit, 4 at the start).
 
     Soft: logsigmoid(z - logit(tau)) less its value at the start, hence exactly 0 there. Hard: levels whose threshold is
-    above sigmoid(z) are masked. Returns [..., 2].
+    above sigmoid(z) are masked.
+
+    Args: `logits` and `offsets` [2], see `route_thresholds`. Returns [..., 2] of their type.
     """
-    thresholds = [math.log(tau / (1 - tau)) for tau in settings.routing_thresholds]
-    if settings.use_hard_routing:
-        gates = [torch.where(complexity >= logit, 0.0, MASKED).to(complexity.dtype) for logit in thresholds]
-    else:
-        gates = [
-            F.logsigmoid(complexity - logit) + math.log1p(math.exp(logit - COMPLEXITY_SHIFT)) for logit in thresholds
-        ]
-    return torch.stack(gates, dim=-1)
+    complexity = complexity[..., None]
+    if is_hard:
+        return torch.where(complexity >= logits, 0.0, MASKED).to(logits.dtype)
+    return F.logsigmoid(complexity - logits) + offsets
 
 
 def pressure(raw_slots: int, window_start: int, settings: BankSettings) -> float:
@@ -284,27 +288,26 @@ def causal_mask(num_queries: int, num_keys: int, device: torch.device, dtype: to
     return mask.triu(num_keys - num_queries + 1)
 
 
-def level_onehot(level: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Indicators of levels 1 and 2, [B, G, N, 2]."""
-    return torch.stack((level == 1, level == 2), dim=-1).to(dtype)
-
-
 def additive_bias(
-    key_bias: torch.Tensor | None, gates: torch.Tensor | None, level: torch.Tensor | None
+    key_bias: torch.Tensor | None, gates: torch.Tensor | None, is_level: torch.Tensor | None
 ) -> torch.Tensor | None:
     """
     Biases of slots as one additive term [B, G, R or 1, T or 1, N].
 
-    Args: `key_bias` [B, G, N], `gates` [B, H, T, 2], `level` [B, G, N], with N entries, the first, that carry a bias.
+    Args: `key_bias` [B, G, N], `gates` [B, H, T, 2], `is_level` [B, G, N, 2], indicators of levels 1 and 2, with N entries, the
+    first, that carry a bias.
     """
     if key_bias is None:
         return None
-    bias = key_bias[:, :, None, None]  # [B, G, 1, 1, N]
-    if gates is not None:
-        gates = gates.unflatten(1, (level.shape[1], -1))  # [B, G, R, T, 2]
-        onehot = level_onehot(level, gates.dtype).transpose(-1, -2)  # [B, G, 2, N]
-        bias = bias + torch.matmul(gates.flatten(2, 3), onehot).unflatten(2, gates.shape[2:4])
-    return bias
+    if gates is None:
+        return key_bias[:, :, None, None]
+    batch_size, num_groups, num_biased = key_bias.shape
+    grouped = gates.reshape(batch_size * num_groups, -1, 2)  # [B * G, R * T, 2]
+    # As one operation: one token of a small model takes longer to ask for than to compute.
+    bias = torch.baddbmm(
+        key_bias.reshape(-1, 1, num_biased), grouped, is_level.reshape(-1, num_biased, 2).transpose(1, 2)
+    )
+    return bias.view(batch_size, num_groups, -1, gates.shape[2], num_biased)
 
 
 def attention_weights(
@@ -333,7 +336,7 @@ def attend(
     scaling: float,
     key_bias: torch.Tensor | None = None,
     gates: torch.Tensor | None = None,
-    level: torch.Tensor | None = None,
+    is_level: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
     """
@@ -347,7 +350,7 @@ def attend(
         queries [B, H, T, D], keys and values [B, G, L, D]: rotated queries and keys.
         mask: additive, [T, L], the same once for each of the R query heads of a group, [R * T, L] (then it need not be copied
             and kept for every call), or [B, 1, T, L]; None when every query sees every key.
-        key_bias, gates, level: see `additive_bias`.
+        key_bias, gates, is_level: see `additive_bias`.
         is_causal: T equals L and the mask is the plain causal one (then `mask` is None and there are no biases).
 
     Returns: [B, H, T, D].
@@ -360,10 +363,10 @@ def attend(
             queries, keys, values, is_causal=num_queries > 1, scale=scaling, enable_gqa=repeats > 1
         )
     if key_bias is not None and (num_queries >= QUERY_STRIDE or queries.requires_grad or key_bias.requires_grad):
-        queries, keys, values = widen(queries, keys, values, key_bias, gates, level, scaling)
+        queries, keys, values = widen(queries, keys, values, key_bias, gates, is_level, scaling)
         key_bias = None
     folded = queries.reshape(batch_size, num_groups, repeats * num_queries, -1)
-    bias = additive_bias(key_bias, gates, level)
+    bias = additive_bias(key_bias, gates, is_level)
     if bias is not None:
         bias = F.pad(bias, (0, num_keys - bias.shape[-1])).to(folded.dtype).expand(-1, -1, repeats, num_queries, -1)
         if mask is not None:
@@ -377,7 +380,7 @@ def attend(
     return output.reshape(batch_size, num_heads, num_queries, width)
 
 
-def widen(queries, keys, values, key_bias, gates, level, scaling):
+def widen(queries, keys, values, key_bias, gates, is_level, scaling):
     """Fold the biases of slots into wider heads; widths stay a multiple of 8, as fused kernels ask."""
     extra = 3 if gates is not None else 1
     padding = -(queries.shape[-1] + extra) % 8
@@ -387,7 +390,7 @@ def widen(queries, keys, values, key_bias, gates, level, scaling):
     if gates is not None:
         query_parts.append(gates.to(queries.dtype))
         # Divided here: a masking gate would leave the range of float16, and infinity times 0 is no number.
-        key_parts.append(level_onehot(level, keys.dtype) / scaling)
+        key_parts.append(is_level.to(keys.dtype) / scaling)
     key_extra = F.pad(torch.cat(key_parts, dim=-1), (0, padding, 0, num_rest))
     return (
         F.pad(torch.cat(query_parts, dim=-1), (0, padding)),

@@ -69,16 +69,16 @@ class BwrDncRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        is_single = dtype == self.weight.dtype == torch.float32
+        dtype, weight = hidden_states.dtype, self.weight
+        is_single = dtype == weight.dtype == torch.float32
         hidden_states = hidden_states if is_single else hidden_states.to(torch.promote_types(dtype, torch.float32))
         if not torch.is_grad_enabled():
             # The same numbers in fewer steps, which is 4% of the time of a decoded token; no faster with gradients.
             if is_single:
-                return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
-            return self.weight * F.rms_norm(hidden_states, self.weight.shape, eps=self.eps).to(dtype)
+                return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
+            return weight * F.rms_norm(hidden_states, weight.shape, eps=self.eps).to(dtype)
         variance = hidden_states.square().mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(variance + self.eps)).to(dtype)
+        return weight * (hidden_states * torch.rsqrt(variance + self.eps)).to(dtype)
 
 
 class BwrDncMLP(nn.Module):

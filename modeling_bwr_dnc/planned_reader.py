@@ -28,7 +28,6 @@ from .memory_ops import (
     prefix_positions,
     rotary_start,
     rotate,
-    route_gates,
     row_numbers,
     salience_bias,
     take_entries,
@@ -360,11 +359,9 @@ class PlannedReader(BankReader):
                 # Filled on the device: a list would be copied there, and the host would wait for it.
                 pressures = torch.stack([bias.new_full((), row_pressure(s.row, settings)) for s in group])
                 pressures = pressures.repeat(len(mass) // len(group))[:, None, None]
-                num_sinks, gates = num_prefix - row.num_slots, None
-                key_bias = prefix_bias(mass, bias, salience, pressures, num_sinks, settings)
-                if self.uses_routing and (row.slot_counts[1] or row.slot_counts[2]):
-                    gates = route_gates(unstrung(complexity, len(group)), settings)
-                biases = with_holes(key_bias, gates, None if gates is None else level, holes, keys.shape[2])
+                key_bias = prefix_bias(mass, bias, salience, pressures, num_prefix - row.num_slots, settings)
+                routing = self._routing([row], unstrung(complexity, len(group)), level)
+                biases = with_holes(key_bias, *routing, holes, keys.shape[2])
             return self._attend(unstrung(queries, len(group)), keys, values, biases)
 
         if num_prefix <= RECOMPUTE_ABOVE * settings.segment_length:
