@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from ..configuration_bwr_dnc import BwrDncConfig
-from ..tasks import Curriculum, Task
+from ..tasks import Curriculum, Recall, Task
 from ..tasks.task import require
 from .arguments import BwrDncTrainingArguments
 from .curriculum_callback import CurriculumCallback
@@ -106,20 +106,32 @@ def staged(task: Task, shortest: int = 64) -> list[Stage]:
     """
     A task at lengths that double up to its own: the first until 0.4 of the training, the last from 0.65 on.
 
-    Pairs, if the task has any, are as dense as in the whole, but at most an eighth of the tokens and at least what fits. Where an
-    answer takes several hops, rows of the shortest length with fewer come before, of one hop until 0.05 of the training, of more
-    until 0.35 at the latest, and the shortest length stays until half of the rest: two hops take long to be found.
+    Pairs, if the task has any, are as dense as in the whole, but at most an eighth of the tokens and at least what fits.
+
+    Where an answer takes several hops, rows of the shortest length come before, of one hop until 0.1 of the training, of all until
+    0.65, and the lengths share the rest alike. Chains fill rows of half that length there, with hardly any noise: finding how to take
+    two hops is what lasts, and a batch of such rows has the most answers.
     """
     lengths = [task.length]
     while lengths[0] // 2 >= shortest:
         lengths.insert(0, lengths[0] // 2)
-    easier = [replace(task, **{"hops": hops}) for hops in range(1, getattr(task, "hops", 1))]
-    ends = np.linspace(0.05, 0.35, len(easier)).tolist()
-    before = [Stage(_shortened(easy, lengths[0]), end) for easy, end in zip(easier, ends)]
-    start = ends[-1] if ends else 0.0
-    shares = (0.5, 0.7) if easier else (0.4, 0.65)
-    bounds = start + (1 - start) * np.linspace(*shares, len(lengths) - 1)
-    return before + [Stage(_shortened(task, length), end) for length, end in zip(lengths, [*bounds.tolist(), 1.0])]
+    hops = getattr(task, "hops", 1)
+    stages, shares = [], np.linspace(0.4, 0.65, len(lengths) - 1).tolist()
+    if hops > 1:
+        dense = [_dense(replace(task, **{"hops": count}), lengths[0]) for count in range(1, hops + 1)]
+        stages = [Stage(easy, end) for easy, end in zip(dense, np.linspace(0.1, 0.65, hops).tolist())]
+        shares = np.linspace(0.65, 1.0, len(lengths) + 1)[1:-1].tolist()
+    return stages + [Stage(_shortened(task, length), end) for length, end in zip(lengths, [*shares, 1.0])]
+
+
+def _dense(task: Task, shortest: int) -> Task:
+    """Rows of half the shortest length, or what a chain needs, with as many chains as fit; of other tasks, of the shortest length."""
+    if not isinstance(task, Recall):
+        return _shortened(task, shortest)
+    with_question = 2 * task.hops + 3
+    length = max(shortest // 2, with_question)
+    changes = {name: min(getattr(task, name), length // with_question) for name in ("num_chains", "num_queries")}
+    return replace(task, length=length, **changes)
 
 
 def _shortened(task: Task, length: int) -> Task:

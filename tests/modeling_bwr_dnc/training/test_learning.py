@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.blocks import read_blocks
 from modeling_bwr_dnc.evaluation.measuring import task_accuracy
-from modeling_bwr_dnc.tasks import Copy, Lookup, Recall, VariableTracking
+from modeling_bwr_dnc.tasks import Copy, Lookup, Recall, Story, VariableTracking
 from modeling_bwr_dnc.training.learning import (
     ABLATIONS,
     MODEL_KINDS,
@@ -88,11 +88,15 @@ def test_stages_double_up_to_the_task():
     assert [stage.task.num_pairs for stage in staged(dense)] == [8, 16, 24]
 
 
-def test_fewer_hops_come_first():
+def test_fewer_hops_come_first_in_dense_rows():
     stages = staged(Recall(length=128, hops=3))
-    assert [(stage.task.length, stage.task.hops) for stage in stages] == [(64, 1), (64, 2), (64, 3), (128, 3)]
-    assert [stage.until for stage in stages] == [pytest.approx(end) for end in (0.05, 0.35, 0.675, 1.0)]
-    assert [stage.task.num_chains for stage in stages] == [8, 4, 2, 8]
+    assert [(stage.task.length, stage.task.hops) for stage in stages] == [(32, 1), (32, 2), (32, 3), (64, 3), (128, 3)]
+    assert [stage.until for stage in stages] == [pytest.approx(end) for end in (0.1, 0.375, 0.65, 0.825, 1.0)]
+    assert [stage.task.num_chains for stage in stages] == [6, 4, 3, 2, 8]
+    assert [stage.task.num_queries for stage in stages] == [4, 4, 3, 2, 4]
+    short = staged(Recall(length=9, hops=3, num_chains=1, num_queries=1))
+    assert [(stage.task.length, stage.task.num_chains) for stage in short] == [(5, 1), (7, 1), (9, 1), (9, 1)]
+    assert [stage.task.length for stage in staged(Story(length=128, hops=2))] == [64, 64, 64, 128]
     for hops in (0, 1, 9):
         ends = [stage.until for stage in staged(VariableTracking(length=2048, hops=hops), 1024)]
         assert ends == sorted(ends) and ends[-1] == 1.0 and len(set(ends)) == len(ends)
