@@ -1,7 +1,7 @@
 """Teach the memory of a converted model what to keep: fit its salience heads, and write them as a small memory adapter.
 
 The weights of the source stay as they are. The model reads the texts once, with facts hidden in them that do not belong there; in
-every layer, what tells the two apart becomes salience, without gradients (modeling_bwr_dnc/retrofit/salience.py). Then one number
+every layer, what tells the two apart becomes salience, by logistic regression (modeling_bwr_dnc/retrofit/salience.py). Then one number
 per layer, how much more attention a salient slot gets, is fitted with gradients through questions and prose
 (modeling_bwr_dnc/retrofit/boost.py), and, if asked for, the compressors through prose
 (modeling_bwr_dnc/retrofit/compressor.py). The settings go into the adapter, and with it into the models that it is put into.
@@ -47,13 +47,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=40_000, help="tokens to read of each text, at most (40000)")
     parser.add_argument("--seed", type=int, default=0, help="of the facts and their places (0)")
     parser.add_argument(
-        "--scale", type=float, default=0.001, help="standard deviation of salience over ordinary text (0.001)"
+        "--scale",
+        type=float,
+        default=0.001,
+        help="salience at which a slot stands out in full: twice its standard deviation over ordinary text, averaged (0.001)",
     )
     parser.add_argument(
         "--repeats",
         type=float,
         default=0.0,
-        help="standard deviation of a second head, for what a text says again word for word, in those of the first; 0: none (0)",
+        help="standard deviation of a second head, for what a text says again word for word, in times of --scale; 0: none (0)",
     )
     parser.add_argument(
         "--repeats-layers", nargs=2, type=int, metavar="N", help="first and last layer in which that counts (all)"
@@ -67,8 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--boost-steps",
         type=int,
-        default=40,
-        help="steps of fitting the attention that salient slots gain; 0: none (40)",
+        default=64,
+        help="steps of fitting the attention that salient slots gain; 0: none (64)",
     )
     parser.add_argument(
         "--prose-weight",
@@ -222,7 +225,10 @@ def show_step(progress: tqdm, **losses: float) -> None:
 
 
 def teach_boosts(model, tokenizer, texts: list[list[int]], arguments: argparse.Namespace) -> None:
-    with tqdm(total=arguments.boost_steps, unit="step", desc="fitting the boosts", delay=1) as progress:
+    with (
+        tqdm(unit="tok", desc="reading what is asked about", delay=1) as reading,
+        tqdm(total=arguments.boost_steps, unit="step", desc="fitting the boosts", delay=1) as progress,
+    ):
         boosts = fit_attention_boost(
             model,
             tokenizer,
@@ -230,6 +236,7 @@ def teach_boosts(model, tokenizer, texts: list[list[int]], arguments: argparse.N
             seed=arguments.seed,
             num_steps=arguments.boost_steps,
             prose_weight=arguments.prose_weight,
+            on_read=reading.update,
             on_step=lambda step, answers, prose: show_step(progress, answers=answers, prose=prose),
         )
     show_by_layer("attention that salient slots gain, in logits", enumerate(boosts), digits=2)

@@ -5,7 +5,7 @@ import torch
 
 from modeling_bwr_dnc.blocks import read_blocks
 from modeling_bwr_dnc.retrofit import fit_attention_boost
-from modeling_bwr_dnc.retrofit.boost import _loss, _set_boosts
+from modeling_bwr_dnc.retrofit.boost import _loss, _set_boosts, stretch_lengths
 from tests.modeling_bwr_dnc.builders import tiny_config, tiny_model
 
 
@@ -48,15 +48,38 @@ def test_the_gradient_is_that_of_the_loss_as_it_is_read(model):
 def test_only_the_boosts_change(model, tokenizer, manual):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses = []
-    options = {"num_steps": 3, "num_prose": 40, "gap": (10, 60), "start": 1.0, "learning_rate": 0.3}
+    reads = []
+    options = {"num_steps": 3, "num_stretches": 4, "num_prose": 40, "start": 1.0, "learning_rate": 0.3}
     boosts = fit_attention_boost(
-        model, tokenizer, [manual[:3000], manual[3000:6000]], on_step=lambda *s: losses.append(s), **options
+        model,
+        tokenizer,
+        [manual[:3000], manual[3000:6000]],
+        on_read=reads.append,
+        on_step=lambda *s: losses.append(s),
+        **options,
     )
+    # Four stretches, of 1.5 to 24 times the keys that a query sees, and the facts hidden in them.
+    assert sum(reads) > (1.5 + 24) * model.config.max_keys
     assert model.config.attention_boost == boosts and len(boosts) == 2
     assert all(isinstance(boost, float) and boost >= 0 and boost != 1.0 for boost in boosts)
     assert [step for step, _, _ in losses] == [0, 1, 2]
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_lengths_of_stretches_are_spread_evenly_by_their_logarithms():
+    assert stretch_lengths(4, [100, 2700]) == [100, 900, 300, 2700]
+    assert stretch_lengths(3, [100, 900]) == [100, 900, 300]
+    assert stretch_lengths(1, [100, 900]) == [100]
+
+
+def test_texts_that_are_not_so_long_are_read_as_far_as_they_reach(model, tokenizer, manual):
+    reads = []
+    texts = [manual[:400], manual[400:900]]
+    fit_attention_boost(model, tokenizer, texts, num_steps=1, num_stretches=3, num_prose=40, on_read=reads.append)
+    shortest = round(1.5 * model.config.max_keys)
+    # Facts come on top.
+    assert shortest + 360 < sum(reads) < 2 * 360 + shortest + 3 * 12 * 40
 
 
 def test_short_texts_are_refused(model, tokenizer, manual):
