@@ -89,6 +89,8 @@ def train_task(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     task = task_from(arguments.task, arguments.option, {"length": arguments.length})
     settings = dict(map(key_and_value, arguments.setting))
+    if "memory_slots" in settings:
+        raise ValueError("--setting has memory_slots, which have an option of their own; say --memory-slots 32 16 8")
     configs = [small_config(kind, task, arguments.memory_slots, **settings) for kind in arguments.models]
     unknown = [name for name in settings if not any(name in type(config)().to_dict() for config in configs)]
     if unknown:

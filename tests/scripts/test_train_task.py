@@ -38,4 +38,5 @@ def test_bad_input_is_refused(assert_refused, tmp_path):
     assert_refused("--setting has nonsense", train_task, "--output", tmp_path, "--setting", "nonsense=1")
     assert_refused("'many'", train_task, "--output", tmp_path, "--setting", "segment_length=many")
     assert_refused("be at least 200, the ids", train_task, "--output", tmp_path, "--setting", "vocab_size=10")
+    assert_refused("say --memory-slots", train_task, "--output", tmp_path, "--setting", "memory_slots=[16,0,0]")
     assert_refused("must be KEY=VALUE", train_task, "--output", tmp_path, *QUICK, "--setting", "hidden_size")
