@@ -229,6 +229,9 @@ def fit_salience(
     """
     Set the salience heads of `model`, from `texts` (token ids) in which facts are hidden on the way.
 
+    All tokens of facts, and every second other one, are held in half precision until the end: 1 GB for 50,000 of them in 30 layers
+    of width 576.
+
     Args:
         model: a BWR-DNC language model; it reads with its settings as they are, and should overflow.
         scale: twice the standard deviation of salience, averaged as the model does, over ordinary text.
@@ -243,9 +246,6 @@ def fit_salience(
         on_progress: called after every block with the number of tokens it held.
 
     Returns: by layer, how many standard deviations of ordinary text lie between it and the facts.
-
-    All tokens of facts, and every second other one, are held in half precision until the end: 1 GB for 50,000 of them in 30 layers
-    of width 576.
 
     Raises:
         ValueError: if the model has no state bank, or the texts hold no fact or nothing else.

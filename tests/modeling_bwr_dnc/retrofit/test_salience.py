@@ -74,7 +74,7 @@ def test_the_regression_is_at_its_minimum_and_minds_the_tail():
         held(direction)
         > held(discriminant(moments_of(text[:, :5].double()), moments_of(facts[:, :5].double()), 0.0)) + 0.1
     )
-    # The gradient of what is minimised, along any scale and bias of this direction, vanishes at the best of them.
+    # Minimising on from there, in double precision and with a bias, does not turn it.
     direction, text, facts = direction[:5], text[:, :5], facts[:, :5]
     deviation = text.std(0).double()
     inputs = torch.cat((text, facts)).double()
