@@ -45,12 +45,21 @@ def build_parser() -> argparse.ArgumentParser:
         "--text", nargs="+", default=[], help="UTF-8 files to read; by default the Python language reference"
     )
     parser.add_argument("--tokens", type=int, default=40_000, help="tokens to read of each text, at most (40000)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="texts to read side by side for the salience; more on a GPU (1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the facts and their places (0)")
     parser.add_argument(
         "--scale",
         type=float,
         default=0.001,
-        help="salience at which a slot stands out in full: twice its standard deviation over ordinary text, averaged (0.001)",
+        help="of salience: twice its standard deviation over ordinary text, averaged (0.001)",
+    )
+    parser.add_argument(
+        "--salience-scale",
+        type=float,
+        default=0.0006,
+        help="salience at which a slot stands out in full, and gains all the attention that such slots gain (0.0006)",
     )
     parser.add_argument(
         "--repeats",
@@ -139,7 +148,7 @@ def train_memory(arguments: argparse.Namespace) -> None:
     if not arguments.compressors_only:
         model.config.salience_pooling = arguments.pooling
         model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
-        model.config.attention_boost, model.config.salience_scale = 0.0, arguments.scale
+        model.config.attention_boost, model.config.salience_scale = 0.0, arguments.salience_scale
     use_budget(model, arguments)
     if not any(model.config.memory_slots):
         raise ValueError(
@@ -177,9 +186,9 @@ def check(arguments: argparse.Namespace) -> None:
     """Raises `ValueError` for what is wrong whatever the model."""
     if Path(arguments.output).exists():
         raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
-    check_least(arguments, tokens=1, boost_steps=0, compressor_steps=0, repeats=0, stretch=2)
+    check_least(arguments, tokens=1, batch_size=1, boost_steps=0, compressor_steps=0, repeats=0, stretch=2)
     check_output(Path(arguments.output).parent)
-    for name in ("scale", "learning_rate", "copy_weight"):
+    for name in ("scale", "salience_scale", "learning_rate", "copy_weight"):
         value = getattr(arguments, name)
         if not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be a number above 0")
@@ -209,6 +218,7 @@ def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse
             repeats=arguments.repeats,
             repeat_layers=None if layers is None else range(layers[0], layers[1] + 1),
             num_tokens=arguments.tokens,
+            batch_size=arguments.batch_size,
             on_progress=on_progress,
         )
     show_by_layer("how far facts stand out, in standard deviations of ordinary text", gaps.items(), digits=1)

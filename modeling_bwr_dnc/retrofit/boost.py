@@ -43,7 +43,7 @@ def fit_attention_boost(
     seed: int = 0,
     num_steps: int = 64,
     num_stretches: int = 8,
-    lengths: tuple[float, float] = (1.5, 24.0),
+    lengths: tuple[float, float] = (1.5, 16.0),
     num_facts: int = 12,
     num_questions: int = 6,
     num_prose: int = 256,

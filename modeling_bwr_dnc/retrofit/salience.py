@@ -99,14 +99,14 @@ def logistic_direction(
     inputs = inputs - torch.outer(inputs @ constant, mean)
     deviation = inputs[: len(text)].std(0).clamp(min=1e-6)
     inputs /= deviation
-    is_fact = torch.cat((torch.zeros(len(text)), torch.ones(len(facts))))
-    share = torch.cat((torch.full((len(text),), TEXT_WEIGHT / len(text)), torch.full((len(facts),), 1 / len(facts))))
-    weight, bias = torch.zeros(inputs.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+    is_fact = torch.arange(len(inputs), device=inputs.device) >= len(text)
+    share = torch.where(is_fact, 1 / len(facts), TEXT_WEIGHT / len(text))
+    weight, bias = (inputs.new_zeros(size).requires_grad_() for size in (inputs.shape[1], 1))
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=80, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        losses = F.binary_cross_entropy_with_logits(inputs @ weight + bias, is_fact, reduction="none")
+        losses = F.binary_cross_entropy_with_logits(inputs @ weight + bias, is_fact.float(), reduction="none")
         loss = losses @ share + penalty * weight.square().sum()
         loss.backward()
         return loss
@@ -172,37 +172,37 @@ def said_before(token_ids: Sequence[int], beyond: int, width: int = 4) -> list[b
 # Classes of tokens.
 NONE, TEXT, FACT, REPEATED = range(-1, 3)
 
-# Told of a layer, the place of a block of tokens in the text, and its inputs [T, F] to the salience head.
+# Told of a layer, the place of a block of tokens in the texts, and its inputs [B, T, F] to the salience head.
 Heard = Callable[[int, slice, torch.Tensor], None]
 
 
 def averaged(inputs: torch.Tensor, width: int) -> torch.Tensor:
-    """Inputs [T, F] of a salience head, or marks, averaged over the tokens around each as salience is."""
-    return pooled_salience(inputs.T[None], width)[0].T
+    """Inputs [B, T, F] of a salience head, or marks, averaged over the tokens around each as salience is."""
+    return pooled_salience(inputs.transpose(1, 2), width).transpose(1, 2)
 
 
 def listen(
     model: PreTrainedModel,
     heads: dict[int, nn.Module],
-    token_ids: Sequence[int],
+    rows: Sequence[Sequence[int]],
     heard: Heard,
     on_progress: Callable[[int], object] | None,
 ) -> None:
-    """Read a text, and hand on what the salience heads of all layers get."""
+    """Read texts of one length side by side, and hand on what the salience heads of all layers get."""
     done = 0
 
     def hook_of(index: int) -> Callable:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            heard(index, slice(done, done + inputs[0].shape[1]), inputs[0][0].float())
+            heard(index, slice(done, done + inputs[0].shape[1]), inputs[0].float())
 
         return hook
 
     hooks = [head.register_forward_pre_hook(hook_of(index)) for index, head in heads.items()]
     try:
-        for start, hidden_states, _ in read_blocks(model, torch.tensor([token_ids])):
+        for start, hidden_states, _ in read_blocks(model, torch.tensor(rows)):
             done = start + hidden_states.shape[1]
             if on_progress is not None:
-                on_progress(hidden_states.shape[1])
+                on_progress(len(rows) * hidden_states.shape[1])
     finally:
         for hook in hooks:
             hook.remove()
@@ -216,7 +216,7 @@ def fit_salience(
     *,
     seed: int = 0,
     scale: float = 0.001,
-    penalty: float = 0.03,
+    penalty: float = 0.01,
     ridge: float = 0.01,
     gap: tuple[int, int] = (60, 400),
     rare: float = 0.001,
@@ -224,6 +224,7 @@ def fit_salience(
     repeat_layers: Collection[int] | None = None,
     reach: int = 8192,
     num_tokens: int | None = None,
+    batch_size: int = 1,
     on_progress: Callable[[int], object] | None = None,
 ) -> dict[int, float]:
     """
@@ -243,6 +244,7 @@ def fit_salience(
         repeat_layers: layers in which it counts; all by default.
         reach: tokens after which what is said again no longer counts.
         num_tokens: tokens that are read of each text; what is said again is looked for in all of it.
+        batch_size: texts that are read side by side, as far as the shortest of them reaches; a GPU needs many to be busy.
         on_progress: called after every block with the number of tokens it held.
 
     Returns: by layer, how many standard deviations of ordinary text lie between it and the facts.
@@ -270,29 +272,32 @@ def fit_salience(
     moments = {index: {kind: Moments.empty(model.config.hidden_size) for kind in (TEXT, REPEATED)} for index in heads}
     examples: dict[int, dict[int, list[torch.Tensor]]] = {index: {TEXT: [], FACT: []} for index in heads}
     num_repeated = 0
-    for token_ids, (text, is_fact) in zip(texts, prepared, strict=True):
-        classes = torch.tensor(is_fact, device=model.device).long()
+    for first in range(0, len(texts), batch_size):
+        batch = prepared[first : first + batch_size]
+        length = min(len(text) for text, _ in batch)
+        classes = torch.tensor([is_fact[:length] for _, is_fact in batch], device=model.device).long()
         if repeats:
-            rest = [] if num_tokens is None else token_ids[num_tokens:][:reach]
-            marks = said_again([*text, *rest], (2 * model.config.segment_length, reach))[: len(text)]
-            again = torch.tensor(marks, device=model.device)
-            classes[again & (classes == TEXT)] = REPEATED
+            for row, (token_ids, (text, _)) in enumerate(zip(texts[first:], batch)):
+                rest = [] if num_tokens is None else token_ids[num_tokens:][:reach]
+                marks = said_again([*text, *rest], (2 * model.config.segment_length, reach))[:length]
+                again = torch.tensor(marks, device=model.device)
+                classes[row, again & (classes[row] == TEXT)] = REPEATED
             num_repeated += int((classes == REPEATED).sum())
         # Sinks are never chosen, and stand out in every model: they belong to no class.
-        classes[: model.config.num_sink_tokens] = NONE
+        classes[:, : model.config.num_sink_tokens] = NONE
         # What is averaged with a fact is no example of ordinary text.
-        is_far = averaged((classes == FACT).float()[:, None], width)[:, 0] == 0
+        is_far = averaged((classes == FACT).float()[..., None], width)[..., 0] == 0
         is_ordinary = is_far & (classes != NONE)
-        is_ordinary[torch.arange(len(text)) % EVERY != 0] = False
+        is_ordinary[:, torch.arange(length) % EVERY != 0] = False
 
         def add(index: int, tokens: slice, inputs: torch.Tensor, classes=classes, is_ordinary=is_ordinary) -> None:
             for kind, sums in moments[index].items():
-                sums.add(inputs[classes[tokens] == kind])
+                sums.add(inputs[classes[:, tokens] == kind])
             pooled = averaged(inputs, width)
-            for kind, chosen in ((TEXT, is_ordinary[tokens]), (FACT, classes[tokens] == FACT)):
+            for kind, chosen in ((TEXT, is_ordinary[:, tokens]), (FACT, classes[:, tokens] == FACT)):
                 examples[index][kind].append(pooled[chosen].half().cpu())
 
-        listen(model, heads, text, add, on_progress)
+        listen(model, heads, [text[:length] for text, _ in batch], add, on_progress)
     if repeats and not num_repeated:
         raise ValueError(
             f"`repeats` is {repeats}, but nothing is said again in the texts after more than {2 * model.config.segment_length} "
@@ -301,13 +306,14 @@ def fit_salience(
 
     gaps = {}
     for index, sums in moments.items():
-        ordinary, facts = (torch.cat(examples[index].pop(kind)).float() for kind in (TEXT, FACT))
+        ordinary, facts = (torch.cat(examples[index].pop(kind)).to(model.device).float() for kind in (TEXT, FACT))
         if len(ordinary) < 2:
             raise ValueError(
                 f"with a fact every {gap[0]} to {gap[1]} tokens and salience averaged over {width} none is ordinary text; ask for "
                 "wider gaps"
             )
         constant, deviation = near_constant(sums[TEXT], ridge)
+        constant = constant.to(model.device)
         direction = logistic_direction(ordinary, facts, constant, penalty)
         saliences = ordinary.double() @ direction
         gaps[index] = float((facts.double() @ direction).mean() - saliences.mean())
@@ -320,7 +326,7 @@ def fit_salience(
             second.weight.zero_()
         if repeats and (repeat_layers is None or index in repeat_layers):
             lifted = discriminant(sums[TEXT], sums[REPEATED], ridge)
-            _set(second, repeats * scale * (lifted - (lifted @ sums[TEXT].mean) * constant))
+            _set(second, repeats * scale * (lifted - (lifted @ sums[TEXT].mean) * constant.cpu()))
     return gaps
 
 

@@ -18,7 +18,7 @@ def test_an_adapter_goes_into_a_conversion(call, tiny_source, tiny_model, tmp_pa
     model = BwrDncForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.salience_pooling == 5 and model.config.memory_slots == [16, 8, 4]
     assert len(model.config.attention_boost) == model.config.num_hidden_layers and all(model.config.attention_boost)
-    assert model.config.salience_scale == 0.001
+    assert model.config.salience_scale == 0.0006
     for name, tensor in load_file(adapter).items():
         assert tensor.any() and tensor.equal(model.state_dict()[name])
 

@@ -58,8 +58,8 @@ def test_only_the_boosts_change(model, tokenizer, manual):
         on_step=lambda *s: losses.append(s),
         **options,
     )
-    # Four stretches, of 1.5 to 24 times the keys that a query sees, and the facts hidden in them.
-    assert sum(reads) > (1.5 + 24) * model.config.max_keys
+    # Four stretches, of 1.5 to 16 times the keys that a query sees, and the facts hidden in them.
+    assert sum(reads) > (1.5 + 16) * model.config.max_keys
     assert model.config.attention_boost == boosts and len(boosts) == 2
     assert all(isinstance(boost, float) and boost >= 0 and boost != 1.0 for boost in boosts)
     assert [step for step, _, _ in losses] == [0, 1, 2]

@@ -141,13 +141,31 @@ def test_few_tokens_of_ordinary_text_are_above_0(model, tokenizer, manual):
     salience = {0: [], 1: []}
     text, is_fact, _ = text_with_facts(tokenizer, manual[:6000], random.Random("1 0"), (40, 120))
     heads = {index: layer.self_attn.memory.salience for index, layer in enumerate(model.model.layers)}
-    listen(model, heads, text, lambda i, _, x: salience[i].append(averaged(x, 9) @ heads[i].weight[0]), None)
-    is_ordinary = averaged(torch.tensor(is_fact).float()[:, None], 9)[:, 0] == 0
+    listen(model, heads, [text], lambda i, _, x: salience[i].append((averaged(x, 9) @ heads[i].weight[0])[0]), None)
+    is_ordinary = averaged(torch.tensor(is_fact).float()[None, :, None], 9).flatten() == 0
     for of_layer in salience.values():
         of_layer = torch.cat(of_layer)
         assert 0 < (of_layer[is_ordinary] > 0).float().mean() < 0.012
         assert (of_layer[torch.tensor(is_fact)] > 0).float().mean() > 0.02
         assert of_layer[is_ordinary].std().item() == pytest.approx(0.0005, rel=0.1)
+
+
+def test_texts_read_side_by_side_teach_the_same(model, tokenizer, manual):
+    # Three texts, of which the last is read by itself; the shorter of the first two decides how far both are read.
+    texts = [manual[:2000], manual[3000:5000], manual[6000:8000]]
+    hidden = [
+        len(text_with_facts(tokenizer, text, random.Random(f"1 {i}"), (20, 120))[0]) for i, text in enumerate(texts)
+    ]
+    read = []
+    gaps = fit_salience(
+        model, tokenizer, texts, seed=1, gap=(20, 120), repeats=0.5, batch_size=2, on_progress=read.append
+    )
+    assert sum(read) == 2 * min(hidden[:2]) + hidden[2]
+    found = [layer.self_attn.memory.salience.weight.clone() for layer in model.model.layers]
+    alone = fit_salience(model, tokenizer, texts, seed=1, gap=(20, 120), repeats=0.5)
+    assert gaps == pytest.approx(alone, rel=0.1)
+    for layer, weight in zip(model.model.layers, found):
+        assert torch.cosine_similarity(weight[0], layer.self_attn.memory.salience.weight[0], dim=0) > 0.95
 
 
 def test_what_is_said_again_is_what_a_text_repeats_later_and_not_too_late():
