@@ -99,7 +99,7 @@ class Call:
     active: list[bool] | None = None
     eager: bool = False
     output_attentions: bool = False
-    noise_seed: int | None = None
+    noise_seed: int | torch.Tensor | None = None
     # [B, W] column of the batch's mask that each real token of a row stands in, where the whole history is known.
     key_columns: torch.Tensor | None = None
     num_columns: int = 0
@@ -131,6 +131,9 @@ class Call:
         """Numbers that the host knows, [K], shared by all layers; a GPU gets them without the host waiting for it."""
         if torch.compiler.is_compiling():
             return torch.tensor(numbers, dtype=dtype, device=self.rotary.device)
+        if self.rotary.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # What a CUDA graph copies from the host must outlive it: here nothing is copied.
+            return torch.stack([torch.full((), n, dtype=dtype, device=self.rotary.device) for n in numbers])
         key = (dtype, *numbers)
         if key not in self.numbers:
             host = torch.tensor(numbers, dtype=dtype)

@@ -426,7 +426,7 @@ class Candidates:
         return self.all_values[:, :, : len(self.entries)]
 
 
-def hashed_uniform(positions: torch.Tensor, seed: int) -> torch.Tensor:
+def hashed_uniform(positions: torch.Tensor, seed: int | torch.Tensor) -> torch.Tensor:
     """
     Numbers in (0, 1), float32, from a hash of (seed, key/value head, position): equal on every device, process and recomputation.
     """
@@ -502,7 +502,7 @@ RETENTION_SCORES: dict[str, Callable[[Candidates], torch.Tensor]] = {
 }
 
 
-def retention_scores(candidates: Candidates, noise_seed: int | None = None) -> torch.Tensor:
+def retention_scores(candidates: Candidates, noise_seed: int | torch.Tensor | None = None) -> torch.Tensor:
     """
     Retention of every candidate, [B, G, M]; holes come last.
 
@@ -557,7 +557,7 @@ def consolidate(
     compress: Compress,
     pinned: torch.Tensor | None = None,
     plan: Plan | None = None,
-    noise_seed: int | None = None,
+    noise_seed: int | torch.Tensor | None = None,
 ) -> tuple[Entries, torch.Tensor, tuple[int, ...], Plan | None]:
     """
     Decide which of M candidates stay, move down a level, merge or are forgotten.

@@ -566,7 +566,7 @@ class BwrDncModel(BwrDncPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         use_memory: bool | None = None,
-        retention_noise_seed: int | None = None,
+        retention_noise_seed: int | torch.Tensor | None = None,
         output_attentions: bool | None = None,
         hidden_states_to_keep: int | None = None,
         **kwargs,
@@ -580,7 +580,8 @@ class BwrDncModel(BwrDncPreTrainedModel):
                 new tensors carry them, and the old ones are left as they were.
             use_cache: whether to keep state; by default `config.use_cache`, and not under gradient checkpointing.
             use_memory: `False` reads sinks and window only, and empties the slots of `past_key_values`; defaults to `config.use_memory`.
-            retention_noise_seed: in training, seeds Gumbel noise on which entries stay; pass the step number.
+            retention_noise_seed: in training, seeds Gumbel noise on which entries stay; pass the step number (as a tensor [] on the
+                device, where a CUDA graph is recorded).
             hidden_states_to_keep: the last layer computes, and `last_hidden_state` holds, only the last so many tokens, 0 for none
                 (None: all). The memory is the same.
         """

@@ -88,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--optimizer", choices=("adamw", "none"), default="adamw", help="part of a training step (adamw)"
     )
     process.add_argument(
+        "--cuda-graphs", action="store_true", help="train with a step recorded as a CUDA graph, all models alike"
+    )
+    process.add_argument(
         "--rounds", type=int, help=f"rounds A B A B of a measurement, fewer if slow ({DEFAULTS['rounds']})"
     )
     process.add_argument("--decode-tokens", type=int, help="tokens to decode, over all rounds (a segment)")
@@ -119,6 +122,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         decode_tokens=arguments.decode_tokens or config.segment_length,
         optimizer=arguments.optimizer,
         clock=arguments.clock,
+        cuda_graphs=arguments.cuda_graphs,
     )
     bench = Benchmark(settings, arguments.minutes, say=lambda line: print(line, file=sys.stderr, flush=True))
     command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
@@ -201,6 +205,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--device is {arguments.device!r}, but must be cpu or cuda")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device; use cpu")
+    if arguments.cuda_graphs and not arguments.device.startswith("cuda"):
+        raise ValueError(f"--cuda-graphs needs --device cuda, but that is {arguments.device!r}")
     for name in ("rounds", "minutes", "threads", "decode_tokens"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:

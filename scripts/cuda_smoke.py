@@ -1,4 +1,4 @@
-"""Check BWR-DNC on a CUDA device, in a minute: equality with the CPU, no synchronisation, fused attention, bfloat16, training.
+"""Check BWR-DNC on a CUDA device, in a minute: equality with the CPU, no synchronisation, fused attention, bfloat16, training, CUDA graphs.
 
 Example:
   python -m scripts.cuda_smoke
@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM, StateBankCache
+from modeling_bwr_dnc.training import CapturedStep
 from scripts.command_line import run
 
 # Sixteen segments: every level overflows.
@@ -137,6 +138,27 @@ def bounded_memory() -> str:
     return f"{peaks[0]:,} bytes at {2 * NUM_TOKENS} tokens, {peaks[1]:,} at {16 * NUM_TOKENS}"
 
 
+def captured_training_step() -> str:
+    """Loss and gradients of new batches and seeds are those of an ordinary step."""
+    model, ids = small_model(), token_ids()
+    batches = [(ids.roll(shift, 1), shift) for shift in (0, 5, 9)]
+    step = CapturedStep(model, {"input_ids": ids, "labels": ids})
+    worst = 0.0
+    for batch, seed in batches:
+        found = step({"input_ids": batch, "labels": batch}, noise_seed=seed).clone()
+        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        for gradient in (parameter.grad for parameter in model.parameters() if parameter.grad is not None):
+            gradient.zero_()
+        loss = model(batch, labels=batch, use_cache=False, retention_noise_seed=seed).loss
+        loss.backward()
+        expected = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        worst = max(
+            worst, *((a - b).abs().max().item() for a, b in zip(gradients, expected)), (found - loss).abs().item()
+        )
+    assert worst < 1e-4, f"largest difference {worst:.1e}"
+    return f"loss and {len(gradients)} gradients of three batches: largest difference {worst:.1e}"
+
+
 def generate() -> str:
     model, ids = small_model(torch.bfloat16), token_ids()[:, :100]
     tokens = model.generate(ids, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -149,6 +171,7 @@ CHECKS = (
     no_synchronisation_while_reading_and_decoding,
     no_synchronisation_while_decoding_rows_at_different_positions,
     no_synchronisation_while_training,
+    captured_training_step,
     fused_attention_in_bfloat16,
     bounded_memory,
     generate,

@@ -88,6 +88,7 @@ class Settings:
     optimizer: str = "adamw"
     seed: int = 0
     clock: str = "wall"
+    cuda_graphs: bool = False
 
     def apply(self) -> None:
         """Process settings, the same for all models."""
@@ -342,6 +343,22 @@ class Benchmark:
         for name in names:
             self._warm_up(("train", name, length), partial(step_of, name, ids[:1, :WARM_UP_LENGTH]))
         tasks = {name: partial(step_of, name, ids) for name in names}
+        if settings.cuda_graphs:
+            # Not at the top: the Trainer comes with it, and memory is measured in processes that import this.
+            from modeling_bwr_dnc.training import CapturedStep
+
+            inputs = {"input_ids": ids, "labels": ids}
+            steps = {name: CapturedStep(self.model(name), inputs) for name in names}
+
+            def captured_step_of(name: str) -> float:
+                def step() -> None:
+                    steps[name](inputs)
+                    if optimizers[name] is not None:
+                        optimizers[name].step()
+
+                return settings.timed(step)
+
+            tasks = {name: partial(captured_step_of, name) for name in names}
         for name, rounds in in_turns(tasks, settings.rounds, self._seconds_left()).items():
             flops = 3 * batch_size * forward_flops(PEERS[name], self.model(name), settings.config, length, length)
             self._note(

@@ -2,8 +2,9 @@
 
 from ..peft_defaults import register_peft_defaults
 from .arguments import BwrDncTrainingArguments
+from .captured_step import CapturedStep
 from .trainer import BwrDncTrainer
 
 register_peft_defaults()
 
-__all__ = ["BwrDncTrainer", "BwrDncTrainingArguments", "register_peft_defaults"]
+__all__ = ["BwrDncTrainer", "BwrDncTrainingArguments", "CapturedStep", "register_peft_defaults"]

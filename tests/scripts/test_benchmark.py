@@ -130,6 +130,7 @@ def test_what_cannot_be_measured_is_refused(assert_refused, arguments, words):
 def test_cuda_is_refused_without_a_device(assert_refused):
     assert_refused("no CUDA device", benchmark, "--quick", "--device", "cuda")
     assert_refused("no CUDA device", cuda_smoke)
+    assert_refused("--cuda-graphs needs --device cuda", benchmark, "--quick", "--cuda-graphs")
 
 
 # What the shares and ratios are computed from
