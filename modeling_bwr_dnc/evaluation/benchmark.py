@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from modeling_bwr_dnc import BwrDncConfig
 from modeling_bwr_dnc.allocator import trim_freed_memory
 from modeling_bwr_dnc.blocks import cache_name
+from modeling_bwr_dnc.captured_step import CapturedStep
 from modeling_bwr_dnc.evaluation import machine
 from modeling_bwr_dnc.evaluation.machine import REPOSITORY, in_fresh_process, middle, timed
 from modeling_bwr_dnc.evaluation.peers import (
@@ -344,9 +345,6 @@ class Benchmark:
             self._warm_up(("train", name, length), partial(step_of, name, ids[:1, :WARM_UP_LENGTH]))
         tasks = {name: partial(step_of, name, ids) for name in names}
         if settings.cuda_graphs:
-            # Not at the top: the Trainer comes with it, and memory is measured in processes that import this.
-            from modeling_bwr_dnc.training import CapturedStep
-
             inputs = {"input_ids": ids, "labels": ids}
             steps = {name: CapturedStep(self.model(name), inputs) for name in names}
 
