@@ -60,6 +60,10 @@ def token_ids(batch_size: int = 2) -> torch.Tensor:
     return torch.randint(256, (batch_size, NUM_TOKENS), generator=generator).cuda()
 
 
+def gradients_of(model: BwrDncForCausalLM) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     """Any operation that makes the host wait for the device raises."""
@@ -118,7 +122,7 @@ def fused_attention_in_bfloat16() -> str:
         loss.backward()
         with torch.no_grad():
             model.eval()(ids)
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = gradients_of(model)
     assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients), "not finite"
     return f"loss {loss.item():.3f}, {len(gradients)} finite gradients"
 
@@ -146,15 +150,13 @@ def captured_training_step() -> str:
     worst = 0.0
     for batch, seed in batches:
         found = step({"input_ids": batch, "labels": batch}, noise_seed=seed).clone()
-        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-        for gradient in (parameter.grad for parameter in model.parameters() if parameter.grad is not None):
+        gradients = [gradient.clone() for gradient in gradients_of(model)]
+        for gradient in gradients_of(model):
             gradient.zero_()
         loss = model(batch, labels=batch, use_cache=False, retention_noise_seed=seed).loss
         loss.backward()
-        expected = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        worst = max(
-            worst, *((a - b).abs().max().item() for a, b in zip(gradients, expected)), (found - loss).abs().item()
-        )
+        differences = [(a - b).abs().max().item() for a, b in zip(gradients, gradients_of(model), strict=True)]
+        worst = max(worst, *differences, (found - loss).abs().item())
     assert worst < 1e-4, f"largest difference {worst:.1e}"
     return f"loss and {len(gradients)} gradients of three batches: largest difference {worst:.1e}"
 
