@@ -10,16 +10,18 @@ from .token_loss import summed_cross_entropy
 
 
 @contextmanager
-def head_gives_loss(head: nn.Linear, labels: torch.Tensor, chunk_length: int) -> Iterator[None]:
+def head_gives_loss(
+    head: nn.Linear, labels: torch.Tensor, chunk_length: int, label_weights: torch.Tensor | None = None
+) -> Iterator[None]:
     """
     While this lasts, the language-model head turns hidden states [B, T, W] into the sum of their token losses for `labels`
-    [B, T], which the model's output has as its `logits`.
+    [B, T], each times its weight if there are `label_weights` [B, T], which the model's output has as its `logits`.
 
     So the loss is part of the model's own forward pass, which wrappers (DDP, fully sharded, PEFT) rely on.
     """
 
     def loss(hidden_states):
-        return summed_cross_entropy(hidden_states, head.weight, labels, chunk_length)[0]
+        return summed_cross_entropy(hidden_states, head.weight, labels, chunk_length, label_weights=label_weights)[0]
 
     # Hooks of accelerate, say, put a forward of their own there.
     earlier = vars(head).get("forward")

@@ -23,10 +23,10 @@ IGNORED = -100
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """See `summed_cross_entropy`, here of `hidden_states` [N, W] and `labels` [N]."""
+    """See `summed_cross_entropy`, here of `hidden_states` [N, W], `labels` [N] and `label_weights` [N]."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, chunk_length, keeps_logits, is_grad_enabled):
+    def forward(ctx, hidden_states, weight, labels, label_weights, chunk_length, keeps_logits, is_grad_enabled):
         ctx.set_materialize_grads(False)
         for_hidden, for_weight = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         hidden_gradient = torch.empty_like(hidden_states) if for_hidden else None
@@ -39,6 +39,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk_length):
             part = slice(start, start + chunk_length)
             counts = (labels[part] != IGNORED).to(precise)[:, None]
+            if label_weights is not None:
+                counts = counts * label_weights[part, None]
             label, shares = labels[part].masked_fill(labels[part] == IGNORED, 0)[:, None], buffer[: len(counts)]
             if kept is not None:
                 logits = kept[part].to(precise)
@@ -49,7 +51,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             chosen, highest = logits.gather(1, label), logits.amax(-1, keepdim=True)
             torch.sub(logits, highest, out=shares).exp_()
             sums = shares.sum(-1, keepdim=True)
-            total += (highest + sums.log() - chosen).masked_fill(counts == 0, 0).sum()
+            total += ((highest + sums.log() - chosen).masked_fill(counts == 0, 0) * counts).sum()
             if for_hidden or for_weight:
                 # d loss / d logits = softmax - onehot
                 gradient = shares.mul_(counts / sums).scatter_add_(1, label, -counts).to(weight.dtype)
@@ -74,7 +76,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 gradients[0] = _sum(gradients[0], logits_gradient @ weight)
             if ctx.needs_input_grad[1]:
                 gradients[1] = _sum(gradients[1], logits_gradient.T @ hidden_states)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _sum(first: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:
@@ -94,10 +96,11 @@ def summed_cross_entropy(
     labels: torch.Tensor,
     chunk_length: int = 256,
     keeps_logits: bool = False,
+    label_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Sum of the cross-entropies of `hidden_states` [..., W] times `weight` [V, W] for `labels` [...], of which -100 counts
-    nothing; and the logits [..., V], None unless they are kept.
+    nothing, each times its weight if there are `label_weights` [...]; and the logits [..., V], None unless they are kept.
 
     Beside kept logits, at most `chunk_length` x V exist at a time. Under autocast the products are in its type, the softmax in
     float32.
@@ -108,7 +111,8 @@ def summed_cross_entropy(
     with nullcontext() if wanted is None else torch.autocast(device, enabled=False):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
         options = (chunk_length, keeps_logits, torch.is_grad_enabled())
-        total, logits = LinearCrossEntropy.apply(flat, weight.to(dtype), labels.reshape(-1), *options)
+        label_weights = None if label_weights is None else label_weights.reshape(-1)
+        total, logits = LinearCrossEntropy.apply(flat, weight.to(dtype), labels.reshape(-1), label_weights, *options)
     return total, None if logits is None else logits.view(*labels.shape, -1)
 
 

@@ -17,9 +17,9 @@ from ..token_loss import IGNORED
 PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
 
-def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+def shift_labels(labels: torch.Tensor, last: float = IGNORED) -> torch.Tensor:
     """Labels [B, T] as targets [B, T]: the target of a token is the label of the next one, also across span borders."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return F.pad(labels[:, 1:], (0, 1), value=last)
 
 
 def read_in_spans(
@@ -37,13 +37,15 @@ def read_in_spans(
 
     Args:
         model: a BWR-DNC language model, also wrapped (DDP, PEFT).
-        inputs: `input_ids` [B, T] or `inputs_embeds`, `labels` [B, T], and `attention_mask`, `position_ids` if any.
+        inputs: `input_ids` [B, T] or `inputs_embeds`, `labels` [B, T], and `attention_mask`, `position_ids`, `label_weights` if any.
         span_length: tokens of a span; None reads all at once.
         keeps_state: whether the cache after the last span is wanted; before that it always is.
         options: further arguments of the model's forward pass.
     """
     inputs = dict(inputs)
     targets = shift_labels(inputs.pop("labels"))
+    weights = inputs.pop("label_weights", None)
+    weights = None if weights is None else shift_labels(weights, 0.0)
     num_tokens = targets.shape[1]
     span_length = span_length or num_tokens
     head = output_head(model)
@@ -52,7 +54,8 @@ def read_in_spans(
         stop = min(start + span_length, num_tokens)
         span = {name: value[:, start:stop] if name in PER_TOKEN else value for name, value in inputs.items()}
         use_cache = keeps_state or stop < num_tokens
-        with head_gives_loss(head, targets[:, start:stop], loss_chunk_length):
+        weight = None if weights is None else weights[:, start:stop]
+        with head_gives_loss(head, targets[:, start:stop], loss_chunk_length, weight):
             outputs = model(**span, **options, past_key_values=cache, use_cache=use_cache)
         cache = outputs.past_key_values
         yield outputs.logits, cache

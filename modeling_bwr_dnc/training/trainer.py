@@ -26,7 +26,7 @@ class BwrDncTrainer(Trainer):
     `Trainer` with what a bounded memory needs, set by `BwrDncTrainingArguments`.
 
     Sequences can be read in spans (truncated back-propagation through time, in memory that does not grow with their length);
-    the loss never holds all logits; the memory parameters have a learning rate of their own, no weight decay and full
+    the loss never holds all logits; each label counts by its weight, if a batch has `label_weights` [B, T]; the memory parameters have a learning rate of their own, no weight decay and full
     precision states; the log shows what the memory holds and how its gates move; a checkpoint appears only when it is complete.
     """
 
@@ -104,6 +104,11 @@ class BwrDncTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one batch, read in spans; without gradients their memory does not grow with the length either."""
         if not inputs.get("skip_logits", True):
+            if "label_weights" in inputs:
+                raise ValueError(
+                    "A batch has `label_weights`, which count where only the loss is wanted; set prediction_loss_only=True, or leave "
+                    "them out of data whose logits are wanted."
+                )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
         scale = self._loss_scale(inputs, num_items_in_batch)

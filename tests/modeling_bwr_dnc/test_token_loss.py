@@ -36,6 +36,19 @@ def test_loss_and_gradients_equal_the_plain_ones(problem, chunk_length, keeps_lo
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("keeps_logits", [False, True])
+def test_weights_of_labels(problem, keeps_logits):
+    hidden, weight, labels = problem
+    label_weights = torch.rand(2, 11, dtype=torch.float64)
+    label_weights[1, 2] = 0.0
+    losses = F.cross_entropy((hidden @ weight.T).transpose(1, 2), labels, reduction="none")
+    plain = (losses * label_weights).sum()
+    chunked, _ = summed_cross_entropy(hidden, weight, labels, 4, keeps_logits, label_weights)
+    torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=1e-12)
+    found, expected = (torch.autograd.grad(loss, (hidden, weight)) for loss in (chunked, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_nothing_is_kept_without_gradients(problem):
     hidden, weight, labels = problem
     with torch.no_grad():

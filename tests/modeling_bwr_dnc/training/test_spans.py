@@ -64,6 +64,16 @@ def test_detaching_keeps_the_loss_and_cuts_the_gradient(model, batch, ordinary):
     assert not torch.allclose(embedding, ordinary[1]["model.embed_tokens.weight"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("span_length", [13, None])
+def test_labels_count_by_their_weights(model, batch, span_length):
+    weights = torch.rand(batch["labels"].shape, dtype=torch.float64)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    losses = F.cross_entropy(model(**inputs).logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+    weighted = batch | {"label_weights": weights}
+    found = sum(loss for loss, _ in read_in_spans(model, weighted, span_length, 7))
+    torch.testing.assert_close(found, (losses * weights[:, 1:]).sum(), rtol=1e-9, atol=1e-9)
+
+
 def test_a_target_is_the_label_of_the_next_token():
     labels = torch.tensor([[1, 2, -100, 4]])
     assert shift_labels(labels).tolist() == [[2, -100, 4, -100]]

@@ -178,6 +178,15 @@ def test_predictions_are_the_logits_of_whole_rows(train, rows):
     assert found.metrics["test_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
+def test_weights_of_labels_are_refused_where_logits_are_wanted(train, rows):
+    trainer = train(max_steps=1)
+    batch = trainer.data_collator([rows[0]])
+    batch["label_weights"] = torch.ones(batch["labels"].shape)
+    assert trainer.compute_loss(trainer.model, dict(batch)).shape == ()
+    with pytest.raises(ValueError, match="prediction_loss_only"):
+        trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
+
+
 @pytest.mark.parametrize("failing", ["model.safetensors", "optimizer.pt"])
 def test_a_failed_save_leaves_the_last_checkpoint_intact(train, tmp_path, full_disk, failing):
     train(max_steps=1, save_strategy="steps", save_steps=1)
