@@ -27,7 +27,8 @@ from modeling_bwr_dnc.evaluation.peers import cache_nbytes
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.staging import complete_folder, write_text
 from modeling_bwr_dnc.tasks import TASKS, Task
-from modeling_bwr_dnc.training.learning import ABLATIONS, MODEL_KINDS, Stage, learn, small_config, staged
+from modeling_bwr_dnc.training.learning import ABLATIONS, MODEL_KINDS, learn, small_config
+from modeling_bwr_dnc.training.stages import Stage, Stages, staged
 from scripts.command_line import check_least, check_output, key_and_value, run
 from scripts.evaluate import TASK_FILE, task_from
 
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--memory-learning-rate", type=float, default=1e-2)
+    parser.add_argument("--warmup-steps", type=int, default=50, help="in which the learning rates rise (50)")
     parser.add_argument("--salience-cost", type=float, default=0.02, help="weight of the cost of being salient (0.02)")
     parser.add_argument(
         "--salience-margin", type=float, default=0.0, help="how far below 0 that cost pushes what no answer needs (0)"
@@ -85,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train_task(arguments: argparse.Namespace) -> None:
-    check_least(arguments, steps=1, tokens_per_batch=1, lengths=1, pairs=1, rows=1, full_limit=0)
+    check_least(arguments, steps=1, warmup_steps=0, tokens_per_batch=1, lengths=1, pairs=1, rows=1, full_limit=0)
     check_output(arguments.output)
     task = task_from(arguments.task, arguments.option, {"length": arguments.length})
     settings = dict(map(key_and_value, arguments.setting))
@@ -103,7 +105,7 @@ def train_task(arguments: argparse.Namespace) -> None:
     for kind in arguments.models:
         for seed in arguments.seeds:
             trained = dataclasses.replace(task, seed=seed)
-            stages = [Stage(trained, 1.0)] if arguments.no_stages else staged(trained)
+            stages = Stages([Stage(trained, 1.0)]) if arguments.no_stages else staged(trained)
             config = small_config(kind, task, arguments.memory_slots, **settings)
             learned = learn(
                 config,
@@ -113,6 +115,7 @@ def train_task(arguments: argparse.Namespace) -> None:
                 arguments.tokens_per_batch,
                 arguments.learning_rate,
                 arguments.memory_learning_rate,
+                arguments.warmup_steps,
                 retention_noise=kind != "no_noise",
                 salience_cost=arguments.salience_cost,
                 salience_margin=arguments.salience_margin,

@@ -1,11 +1,12 @@
 """Who is where: a simulator of actors, places and objects in the manner of bAbI (Weston et al., 2015), hidden in noise."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import numpy as np
 
+from ..token_loss import IGNORED
 from .task import FIRST_SYMBOL, Task, chosen_labels, require, scatter
 
 ACTORS = ("mary", "john", "daniel", "sandra", "fred", "julie", "bill", "jeff")
@@ -18,29 +19,40 @@ FIRST_NOISE = FIRST_SYMBOL + len(WORDS)
 
 @dataclass
 class World:
-    """Where everybody is, what they hold, and where each object has been, in order."""
+    """
+    Where everybody is, what they hold, and where each object has been, in order.
+
+    Args:
+        handlers: of an object, who took or dropped it last; of an object and a place, who brought it there, the last time.
+    """
 
     actor_place: dict[str, str] = field(default_factory=dict)
     holder: dict[str, str] = field(default_factory=dict)
     object_places: dict[str, list[str]] = field(default_factory=dict)
+    handlers: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     def tell(self, actor: str, verb: str, what: str) -> None:
         """Take in one sentence."""
         if verb == "went":
             self.actor_place[actor] = what
-            for thing, holder in self.holder.items():
-                if holder == actor:
-                    self._note(thing, what)
-        elif verb == "took":
+            for thing in self.held_by(actor):
+                self._note(thing, what, actor)
+            return
+        self.handlers[what,] = actor
+        if verb == "took":
             self.holder[what] = actor
-            self._note(what, self.actor_place[actor])
+            self._note(what, self.actor_place[actor], actor)
         else:
             del self.holder[what]
 
-    def _note(self, thing: str, place: str) -> None:
+    def held_by(self, actor: str) -> list[str]:
+        return [thing for thing, holder in self.holder.items() if holder == actor]
+
+    def _note(self, thing: str, place: str, actor: str) -> None:
         places = self.object_places.setdefault(thing, [])
         if not places or places[-1] != place:
             places.append(place)
+            self.handlers[thing, place] = actor
 
     def questions(self, hops: int) -> list[tuple[list[str], str]]:
         """All questions of a kind that have an answer now, as words, with it."""
@@ -55,25 +67,28 @@ class World:
             if last > 0
         ]
 
-    def possible_events(self) -> list[tuple[str, str, str]]:
-        events = [
-            (actor, "went", place) for actor in ACTORS for place in PLACES if self.actor_place.get(actor) != place
+    def possible_goings(self) -> list[tuple[str, str, str]]:
+        return [
+            (actor, "went", place)
+            for actor in ACTORS
+            for here in (self.actor_place.get(actor),)
+            for place in PLACES
+            if place != here
         ]
-        return events + self.possible_handlings()
+
+    def possible_takings(self) -> list[tuple[str, str, str]]:
+        """An object can be taken where it is, or anywhere while nobody has seen it."""
+        return [
+            (actor, "took", thing)
+            for thing in OBJECTS
+            if thing not in self.holder
+            for places in (self.object_places.get(thing),)
+            for actor, place in self.actor_place.items()
+            if not places or places[-1] == place
+        ]
 
     def possible_handlings(self) -> list[tuple[str, str, str]]:
-        """An object can be taken where it is, or anywhere while nobody has seen it."""
-        handlings = [(holder, "dropped", thing) for thing, holder in self.holder.items()]
-        for thing in OBJECTS:
-            places = self.object_places.get(thing)
-            if thing in self.holder:
-                continue
-            handlings += [
-                (actor, "took", thing)
-                for actor, place in self.actor_place.items()
-                if not places or places[-1] == place
-            ]
-        return handlings
+        return [(holder, "dropped", thing) for thing, holder in self.holder.items()] + self.possible_takings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +101,8 @@ class Story(Task):
         hops: kind of the story, which is also the number of sentences that an answer rests on, at least.
         num_facts: sentences.
         num_queries: different questions at the end, each with its answer behind it.
+        num_easier: questions of the kind below among them.
+        num_arrivals, num_takings: the first sentences: so many actors go somewhere, then so many things are taken.
         vocab_size: words, and then noise.
 
     >>> print(Story(length=20, hops=1, num_facts=3).example())
@@ -98,6 +115,9 @@ class Story(Task):
     hops: int = 1
     num_facts: int | None = None
     num_queries: int = 1
+    num_easier: int = 0
+    num_arrivals: int = 0
+    num_takings: int = 0
 
     def __post_init__(self):
         require(
@@ -107,33 +127,61 @@ class Story(Task):
             f"be more than {FIRST_NOISE + 1}, words and noise",
         )
         require(self.hops in (1, 2, 3), "hops", self.hops, "be 1, 2 or 3")
-        self.require_length(
-            4 * self.hops + self.num_queries * self._question_length,
-            f"{self.hops} sentences and {self.num_queries} questions",
-        )
-        room, count = (self.length - self.num_queries * self._question_length) // 4, self._num_facts
+        counts = " and ".join(f"{count} questions" for count in (self.num_queries, self.num_easier) if count)
+        self.require_length(4 * self.hops + self._ending, f"{self.hops} sentences and {counts}")
+        room, count = (self.length - self._ending) // 4, self.num_sentences
         require(
             self.hops <= count <= room,
             "num_facts",
             count,
             f"be from {self.hops} to {room}, four tokens each; or use longer rows",
         )
-        # So few that a story told at random most often has as many questions.
-        most = max(1, min(count // (2 * self.hops), len(ACTORS) // 2))
-        require(
-            1 <= self.num_queries <= most,
-            "num_queries",
-            self.num_queries,
-            f"be from 1 to {most} after {count} sentences; or raise num_facts",
-        )
+        self._check_opening()
+        for name, least, kind in (("num_queries", 1, self.hops), ("num_easier", 0, self.hops - 1)):
+            most = self.most_questions(kind)
+            require(
+                least <= getattr(self, name) <= most,
+                name,
+                getattr(self, name),
+                f"be from {least} to {most} after {count} sentences of kind {self.hops}; or raise num_facts or hops",
+            )
+
+    def _check_opening(self) -> None:
+        """After it there must be room for what is asked for."""
+        most = min(len(ACTORS), self.num_sentences - self.hops + 1)
+        rule = f"be from 0 to {most}, of {len(ACTORS)} actors and {self.num_sentences} sentences"
+        require(0 <= self.num_arrivals <= most, "num_arrivals", self.num_arrivals, rule)
+        if self.hops == 1 or self.num_arrivals == 0:
+            rule = "be 0 with one hop, and where nobody has arrived; or raise hops, or num_arrivals"
+            require(self.num_takings == 0, "num_takings", self.num_takings, rule)
+        else:
+            most = min(len(OBJECTS), self.num_sentences - self.num_arrivals - (self.hops - 2))
+            rule = f"be from 0 to {most}, of {len(OBJECTS)} objects and the sentences left; or raise num_facts"
+            require(0 <= self.num_takings <= most, "num_takings", self.num_takings, rule)
 
     @property
-    def _num_facts(self) -> int:
+    def num_sentences(self) -> int:
         return (2, 6, 10)[self.hops - 1] if self.num_facts is None else self.num_facts
 
+    def without_noise(self) -> Self:
+        """The same in rows just as long as the sentences and questions are."""
+        return replace(self, length=4 * self.num_sentences + self._ending)
+
     @property
-    def _question_length(self) -> int:
-        return 6 if self.hops == 3 else 4
+    def _ending(self) -> int:
+        """Tokens of all questions and their answers."""
+        return self.num_queries * _question_length(self.hops) + self.num_easier * _question_length(self.hops - 1)
+
+    def most_questions(self, kind: int) -> int:
+        """So few of a kind that a story told at random most often has as many, or those that its opening makes certain."""
+        if kind == 0:
+            return 0
+        count, opening = self.num_sentences, (self.num_arrivals, self.num_takings, 0)
+        usual = min((count // 2, 2 * count // 5, count // 6)[kind - 1], len(ACTORS) // 2)
+        certain = opening[kind - 1]
+        # What the opening leaves, less a going and a taking if it has none.
+        left = count - sum(opening) - opening[: kind - 1].count(0)
+        return min(certain + left, max(1, certain, usual))
 
     def compose(self, random: np.random.Generator) -> tuple[list[int], list[int]]:
         sentences, asked = self._tell(random)
@@ -141,29 +189,78 @@ class Story(Task):
         end = [IDS[word] for question, answer in asked for word in (*question, answer)]
         noise = random.integers(FIRST_NOISE, self.vocab_size, self.length - 4 * len(items) - len(end)).tolist()
         input_ids = scatter(random, items, noise) + end
-        first = self.length - len(end) + self._question_length - 1
-        return input_ids, chosen_labels(input_ids, range(first, self.length, self._question_length))
+        asks = [position for position, token in enumerate(input_ids) if token == IDS["?"]]
+        return input_ids, chosen_labels(input_ids, [position + 1 for position in asks])
+
+    def lessons(self, input_ids: Sequence[int], random: np.random.Generator) -> list[int]:
+        """
+        Further labels of a row, for training, that say what its answers rest on; -100 where there is none, as at the answers.
+
+        In the place of a sentence's "." one of the things that its actor holds now ("." if none), behind it his place if it is about a
+        thing (with three hops, if he went, the place that he left), in the place of a question's "?" who took or dropped the thing
+        last (with three hops, who brought it to that place).
+        """
+        labels, world = [IGNORED] * len(input_ids), World()
+        for position, token in enumerate(input_ids):
+            if token == IDS["."]:
+                actor, verb, what = map(self._word, input_ids[position - 3 : position])
+                left = world.actor_place.get(actor)
+                world.tell(actor, verb, what)
+                held = world.held_by(actor)
+                labels[position] = IDS[held[random.integers(len(held))] if held else "."]
+                if verb != "went":
+                    labels[position + 1] = IDS[world.actor_place[actor]]
+                elif self.hops == 3 and left:
+                    labels[position + 1] = IDS[left]
+            elif token == IDS["?"]:
+                question = (
+                    input_ids[position - 3 : position : 2]
+                    if input_ids[position - 2] == IDS["before"]
+                    else input_ids[position - 1 : position]
+                )
+                about = tuple(map(self._word, question))
+                if about in world.handlers:
+                    labels[position] = IDS[world.handlers[about]]
+        return labels
 
     def _tell(self, random: np.random.Generator) -> tuple[list[tuple[str, str, str]], list[tuple[list[str], str]]]:
+        counts = {
+            kind: count for kind, count in ((self.hops, self.num_queries), (self.hops - 1, self.num_easier)) if count
+        }
         while True:
             world, sentences = World(), []
-            for _ in range(self._num_facts):
-                events = world.possible_events()
-                handlings = world.possible_handlings() if self.hops > 1 else []
-                if self.hops == 1:
-                    events = [event for event in events if event[1] == "went"]
-                elif handlings and random.random() < 0.5:
-                    events = handlings
-                elif world.holder and random.random() < 0.5:
-                    carrying = set(world.holder.values())
-                    events = [event for event in events if event[0] in carrying]
+            for number in range(self.num_sentences):
+                events = self._possible_events(world, number, random)
                 sentences.append(events[random.integers(len(events))])
                 world.tell(*sentences[-1])
             # A story with too few answers is told anew.
-            questions = world.questions(self.hops)
-            if len(questions) >= self.num_queries:
-                chosen = random.choice(len(questions), self.num_queries, replace=False)
-                return sentences, [questions[i] for i in chosen]
+            questions = {kind: world.questions(kind) for kind in counts}
+            if all(len(questions[kind]) >= count for kind, count in counts.items()):
+                asked = [
+                    questions[kind][i]
+                    for kind, count in counts.items()
+                    for i in random.choice(len(questions[kind]), count, replace=False)
+                ]
+                if self.num_easier:
+                    random.shuffle(asked)
+                return sentences, asked
+
+    def _possible_events(self, world: World, number: int, random: np.random.Generator) -> list[tuple[str, str, str]]:
+        """What sentence `number` may say."""
+        if number < self.num_arrivals:
+            return [event for event in world.possible_goings() if event[0] not in world.actor_place]
+        if number < self.num_arrivals + self.num_takings:
+            return world.possible_takings()
+        if self.hops == 1:
+            return world.possible_goings()
+        handlings = world.possible_handlings()
+        if handlings and random.random() < 0.5:
+            return handlings
+        events = world.possible_goings() + handlings
+        if world.holder and random.random() < 0.5:
+            carrying = set(world.holder.values())
+            events = [event for event in events if event[0] in carrying]
+        return events
 
     def oracle(self, prefix: Sequence[int]) -> int:
         words = [self._word(token) for token in prefix if FIRST_SYMBOL <= token < FIRST_NOISE]
@@ -171,8 +268,10 @@ class Story(Task):
         world = World()
         for sentence in _sentences(told):
             world.tell(*sentence)
-        question = words[len(words) - self._question_length + 1 :]
-        return IDS[{tuple(asked): answer for asked, answer in world.questions(self.hops)}[tuple(question)]]
+        question = words[len(words) - words[::-1].index("where") - 1 :]
+        return IDS[
+            {tuple(asked): answer for kind in (1, 2, 3) for asked, answer in world.questions(kind)}[tuple(question)]
+        ]
 
     def render(self, input_ids: Sequence[int]) -> str:
         return " ".join(self._word(token) for token in input_ids)
@@ -180,6 +279,11 @@ class Story(Task):
     @staticmethod
     def _word(token: int) -> str:
         return WORDS[token - FIRST_SYMBOL] if token < FIRST_NOISE else f"n{token - FIRST_NOISE}"
+
+
+def _question_length(kind: int) -> int:
+    """Tokens of a question and its answer."""
+    return 6 if kind == 3 else 4
 
 
 def _sentences(words: list[str]) -> list[tuple[str, str, str]]:

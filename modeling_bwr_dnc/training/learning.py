@@ -9,10 +9,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import IterableDataset
 from transformers import (
     AutoModelForCausalLM,
@@ -27,10 +27,12 @@ from transformers import (
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from ..configuration_bwr_dnc import BwrDncConfig
-from ..tasks import Curriculum, Recall, Task
+from ..tasks import Curriculum, Task
 from ..tasks.task import require
+from ..token_loss import IGNORED
 from .arguments import BwrDncTrainingArguments
 from .curriculum_callback import CurriculumCallback
+from .stages import Stages, StagesCallback
 from .trainer import BwrDncTrainer
 
 # What is trained alike and compared: the memory; with the same parameters full attention (slots that hold everything, positions as
@@ -94,67 +96,6 @@ def small_config(kind: str, task: Task, memory_slots: Sequence[int] = (32, 16, 8
     return BwrDncConfig(**shared | attention | reader | by_kind.get(kind, memory) | settings)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A task, and until which share of the training it is the hardest one."""
-
-    task: Task
-    until: float
-
-
-def staged(task: Task, shortest: int = 64) -> list[Stage]:
-    """
-    A task at lengths that double up to its own: the first until 0.4 of the training, the last from 0.65 on.
-
-    Pairs, if the task has any, are as dense as in the whole, but at most an eighth of the tokens and at least what fits.
-
-    Where an answer takes several hops, rows of the shortest length come before, of one hop until 0.1 of the training, of all until
-    0.65, and the lengths share the rest alike. Chains fill rows of half that length there, with hardly any noise: finding how to take
-    two hops is what lasts, and a batch of such rows has the most answers.
-    """
-    lengths = [task.length]
-    while lengths[0] // 2 >= shortest:
-        lengths.insert(0, lengths[0] // 2)
-    hops = getattr(task, "hops", 1)
-    stages, shares = [], np.linspace(0.4, 0.65, len(lengths) - 1).tolist()
-    if hops > 1:
-        dense = [_dense(replace(task, **{"hops": count}), lengths[0]) for count in range(1, hops + 1)]
-        stages = [Stage(easy, end) for easy, end in zip(dense, np.linspace(0.1, 0.65, hops).tolist())]
-        shares = np.linspace(0.65, 1.0, len(lengths) + 1)[1:-1].tolist()
-    return stages + [Stage(_shortened(task, length), end) for length, end in zip(lengths, [*shares, 1.0])]
-
-
-def _dense(task: Task, shortest: int) -> Task:
-    """Rows of half the shortest length, or what a chain needs, with as many chains as fit; of other tasks, of the shortest length."""
-    if not isinstance(task, Recall):
-        return _shortened(task, shortest)
-    with_question = 2 * task.hops + 3
-    length = max(shortest // 2, with_question)
-    changes = {name: min(getattr(task, name), length // with_question) for name in ("num_chains", "num_queries")}
-    return replace(task, length=length, **changes)
-
-
-def _shortened(task: Task, length: int) -> Task:
-    if length == task.length:
-        return task
-    changes: dict = {"length": length}
-    for name in ("num_pairs", "num_chains", "num_queries"):
-        if hasattr(task, name):
-            changes[name] = max(1, min(getattr(task, name), length // (8 * max(getattr(task, "hops", 1), 1))))
-    return replace(task, **changes)
-
-
-def batches(stages: Sequence[Stage], num_steps: int, tokens_per_batch: int, seed: int) -> Iterator[dict]:
-    """One batch per step: `input_ids` and `labels` [B, T], of the hardest stage open or the one before it."""
-    random = np.random.default_rng(seed)
-    for step in range(num_steps):
-        hardest = next(index for index, stage in enumerate(stages) if step < stage.until * num_steps)
-        task = stages[int(random.integers(max(0, hardest - 1), hardest + 1))].task
-        size = max(1, tokens_per_batch // task.length)
-        input_ids, labels = task.batch(range(step * tokens_per_batch, step * tokens_per_batch + size))
-        yield {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
-
-
 @dataclass
 class Learned:
     """A trained model, the seconds it took without measuring, and what was measured on the way: step, seconds, accuracy."""
@@ -166,12 +107,13 @@ class Learned:
 
 def learn(
     config: PreTrainedConfig,
-    stages: Sequence[Stage] | Curriculum,
+    source: Stages | Curriculum,
     num_steps: int = 700,
     seed: int = 0,
     tokens_per_batch: int = 2048,
     learning_rate: float = 5e-3,
     memory_learning_rate: float = 1e-2,
+    warmup_steps: int = 50,
     retention_noise: bool = True,
     salience_cost: float = 0.02,
     salience_margin: float = 0.0,
@@ -181,13 +123,13 @@ def learn(
     adapt_every: int | None = 50,
 ) -> Learned:
     """
-    Train a new model on a task, or on the tasks of a curriculum.
+    Train a new model on the stages of a task, or on the tasks of a curriculum.
 
     Args:
-        stages: see `staged`; `[Stage(task, 1.0)]` trains at full length from the start.
-        adapt_every: steps after which the success at a curriculum is measured, to move it; None: it stays where it is. The time
-            that this takes counts as training.
+        adapt_every: steps after which the success at a curriculum, or at a stage that ends when it is learned, is measured, to move
+            it; None: a curriculum stays where it is, a stage lasts as long as it may. The time that this takes counts as training.
         memory_learning_rate: of salience, routing and compressor, which get no weight decay.
+        warmup_steps: in which the learning rates rise; a quarter of all steps at most.
         retention_noise: Gumbel noise on what the memory keeps, without which an entry that is never kept is never tried.
         salience_cost, salience_margin: see `BwrDncTrainingArguments`.
         measure: accuracy of the model; called every `measure_every` steps.
@@ -199,8 +141,8 @@ def learn(
     model = AutoModelForCausalLM.from_config(config)
     slow_gates(model)
     # A list is cut into shards: one that holds all.
-    source = {"stages": [stages], "num_steps": num_steps, "tokens_per_batch": tokens_per_batch, "seed": seed}
-    rows = IterableDataset.from_generator(_batches, gen_kwargs=source)
+    options = {"sources": [source], "num_steps": num_steps, "tokens_per_batch": tokens_per_batch, "seed": seed}
+    rows = IterableDataset.from_generator(_batches, gen_kwargs=options)
     is_ours = config.model_type == BwrDncConfig.model_type
     watch = _Watch(measure, measure_every, stop_at)
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +157,7 @@ def learn(
             salience_margin=salience_margin,
             lr_scheduler_type="warmup_stable_decay",
             lr_scheduler_kwargs={"num_decay_steps": round(0.3 * num_steps), "min_lr_ratio": 0.05},
-            warmup_steps=min(50, num_steps // 4),
+            warmup_steps=min(warmup_steps, num_steps // 4),
             adam_beta2=0.98,
             weight_decay=0.01,
             seed=seed,
@@ -228,12 +170,16 @@ def learn(
             remove_unused_columns=False,
             use_cache=is_ours,
         )
-        trainer = (BwrDncTrainer if is_ours else Trainer)(
+        trainer = (BwrDncTrainer if is_ours else _WeightedTrainer)(
             model=model, args=arguments, train_dataset=rows, data_collator=_whole_batch, callbacks=[watch]
         )
         trainer.remove_callback(PrinterCallback)
-        if isinstance(stages, Curriculum) and adapt_every is not None:
-            CurriculumCallback(stages, adapt_every).follow(trainer)
+        if adapt_every is None:
+            pass
+        elif isinstance(source, Curriculum):
+            CurriculumCallback(source, adapt_every).follow(trainer)
+        else:
+            trainer.add_callback(StagesCallback(source, adapt_every))
         trainer.train()
     model.config.use_cache = True
     return Learned(model.eval(), watch.elapsed(), watch.curve)
@@ -252,17 +198,32 @@ def slow_gates(model: PreTrainedModel) -> None:
             module.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus of this is the step
 
 
-def _batches(stages: list, num_steps: int, tokens_per_batch: int, seed: int) -> Iterator[dict]:
-    for source in stages:
+def _batches(sources: list, num_steps: int, tokens_per_batch: int, seed: int) -> Iterator[dict]:
+    for source in sources:
         if isinstance(source, Curriculum):
             yield from source.batches(num_steps, tokens_per_batch)
         else:
-            yield from batches(source, num_steps, tokens_per_batch, seed)
+            yield from source.batches(num_steps, tokens_per_batch, seed)
 
 
 def _whole_batch(items: list[dict]) -> dict[str, torch.Tensor]:
     (batch,) = items
     return {name: torch.tensor(value) for name, value in batch.items()}
+
+
+class _WeightedTrainer(Trainer):
+    """The library's, which does not know `label_weights`; `BwrDncTrainer` does."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "label_weights" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        weights, labels = inputs["label_weights"][:, 1:], inputs["labels"][:, 1:]
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        losses = F.cross_entropy(
+            outputs.logits[:, :-1].transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        )
+        loss = (losses * weights).sum() / (labels != IGNORED).sum()
+        return (loss, outputs) if return_outputs else loss
 
 
 class _Watch(TrainerCallback):

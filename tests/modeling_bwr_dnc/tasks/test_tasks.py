@@ -5,6 +5,7 @@ import doctest
 import importlib
 import re
 
+import numpy as np
 import pytest
 
 from modeling_bwr_dnc.presets import tokenizer_path
@@ -31,6 +32,8 @@ VARIANTS = [
     *(Recall(hops=hops, num_chains=5) for hops in (2, 3)),
     *(Story(hops=hops, length=512, seed=3) for hops in (1, 2, 3)),
     *(Story(hops=hops, length=512, num_facts=8 * hops, num_queries=4) for hops in (1, 2, 3)),
+    Story(hops=2, length=300, num_facts=10, num_arrivals=3, num_takings=4, num_queries=4, num_easier=2),
+    Story(hops=3, length=80, num_facts=12, num_arrivals=4, num_takings=3, num_queries=2, num_easier=3),
     Copy(length=200, num_symbols=7),
     Copy(length=33),
     Lookup(symbols_per_kind=9, num_pairs=9),
@@ -175,6 +178,78 @@ def test_story_of_known_sentences():
         assert Story(hops=hops, length=512).oracle(prefix) == IDS[answer]
 
 
+def told(task, row):
+    """The words of every sentence of a row, without its ".", and of every question, without its answer."""
+    words = [word for word in task.render(row["input_ids"]).split() if word in IDS]
+    begin = words.index("where")
+    asked = " ".join(words[begin:]).split("where ")[1:]
+    return [tuple(words[i : i + 3]) for i in range(0, begin, 4)], [question.split()[:-1] for question in asked]
+
+
+def test_stories_begin_as_asked_and_ask_for_as_much():
+    task = Story(hops=3, length=80, num_facts=12, num_arrivals=4, num_takings=3, num_queries=2, num_easier=3)
+    orders = set()
+    for row in task.dataset(20):
+        sentences, asked = told(task, row)
+        arrivals, takings = sentences[:4], sentences[4:7]
+        assert len(sentences) == 12
+        assert {verb for _, verb, _ in arrivals} == {"went"} and len({actor for actor, _, _ in arrivals}) == 4
+        assert {verb for _, verb, _ in takings} == {"took"} and len({thing for _, _, thing in takings}) == 3
+        assert {actor for actor, _, _ in takings} <= {actor for actor, _, _ in arrivals}
+        assert sorted(map(len, asked)) == [2, 2, 2, 4, 4] and len(set(map(tuple, asked))) == 5
+        orders.add(tuple(map(len, asked)))
+    assert len(orders) > 3
+
+
+def test_rows_without_noise_hold_sentences_and_questions_alone():
+    task = Story(hops=2, length=512, num_facts=10, num_queries=4, num_easier=1)
+    dense = task.without_noise()
+    assert dense.length == 60 and dataclasses.replace(dense, length=512) == task
+    assert set(dense.row(0)["input_ids"]) <= set(IDS.values())
+
+
+@pytest.mark.parametrize("hops", [2, 3])
+def test_lessons_say_what_answers_rest_on(hops):
+    """A second account of the story, kept as bAbI would: sentence by sentence, all places of everything."""
+    task = Story(hops=hops, length=140, num_facts=16, num_queries=2, num_easier=2)
+    for index in range(30):
+        row = task.row(index)
+        lessons = task.lessons(row["input_ids"], np.random.default_rng(index))
+        labels = [task.render([label]) if label != IGNORED else None for label in lessons]
+        place, holder, last_handler, history = {}, {}, {}, {}
+        assert not any(lesson and answer != IGNORED for lesson, answer in zip(labels, row["labels"]))
+        expected = 0
+        words = task.render(row["input_ids"]).split()
+        for position, word in enumerate(words):
+            if word == ".":
+                actor, verb, what = words[position - 3 : position]
+                left = place.get(actor)
+                if verb == "went":
+                    place[actor] = what
+                else:
+                    last_handler[what] = actor
+                    holder[what] = actor if verb == "took" else None
+                held = [thing for thing, who in holder.items() if who == actor]
+                for thing in held:
+                    history.setdefault(thing, []).append((place[actor], actor))
+                assert labels[position] in (held or ["."])
+                behind = (left if hops == 3 else None) if verb == "went" else place[actor]
+                expected += 1 + (behind is not None)
+                assert behind is None or labels[position + 1] == behind
+            if word == "?" and words[position - 2] == "before":
+                thing, there = words[position - 3], words[position - 1]
+                stays = history[thing]
+                arrived = max(
+                    i for i, (at, _) in enumerate(stays) if at == there and (i == 0 or stays[i - 1][0] != there)
+                )
+                assert labels[position] == stays[arrived][1]
+                expected += 1
+            elif word == "?" and words[position - 1] in last_handler:
+                assert labels[position] == last_handler[words[position - 1]]
+                expected += 1
+        assert sum(label is not None for label in labels) == expected
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -188,6 +263,13 @@ def test_story_of_known_sentences():
         (lambda: Needle(depth=1.5), "depth"),
         (lambda: Story(length=40, num_facts=20), "num_facts"),
         (lambda: Story(length=512, num_facts=8, num_queries=5), "num_queries"),
+        (lambda: Story(num_easier=1), "num_easier"),
+        (lambda: Story(hops=2, num_facts=4, num_easier=3), "num_easier"),
+        (lambda: Story(hops=2, num_facts=4, num_arrivals=4), "num_arrivals"),
+        (lambda: Story(num_facts=9, num_arrivals=9), "num_arrivals"),
+        (lambda: Story(num_facts=4, num_arrivals=2, num_takings=1), "num_takings"),
+        (lambda: Story(hops=2, num_takings=1), "num_takings"),
+        (lambda: Story(hops=3, num_facts=4, num_arrivals=2, num_takings=2), "num_takings"),
         (lambda: TextNeedle(kind="colour"), "kind"),
         (lambda: TextNeedle(text=" "), "text"),
         (lambda: Passkey(length=64).row(0), "length"),

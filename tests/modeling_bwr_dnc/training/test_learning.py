@@ -1,5 +1,8 @@
 """Small models learn from scratch, reproducibly, from short rows to long ones."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,17 +11,11 @@ from transformers import AutoModelForCausalLM
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.blocks import read_blocks
 from modeling_bwr_dnc.evaluation.measuring import task_accuracy
-from modeling_bwr_dnc.tasks import Copy, Lookup, Recall, Story, VariableTracking
-from modeling_bwr_dnc.training.learning import (
-    ABLATIONS,
-    MODEL_KINDS,
-    Stage,
-    batches,
-    learn,
-    slow_gates,
-    small_config,
-    staged,
-)
+from modeling_bwr_dnc.tasks import Copy, Lookup, Story
+from modeling_bwr_dnc.tasks.stories import IDS
+from modeling_bwr_dnc.token_loss import IGNORED
+from modeling_bwr_dnc.training.learning import ABLATIONS, MODEL_KINDS, learn, slow_gates, small_config
+from modeling_bwr_dnc.training.stages import Stage, Stages, staged
 
 TASK = Lookup(length=64, vocab_size=44, num_pairs=4, num_queries=2)
 
@@ -77,41 +74,6 @@ def test_ablations_change_one_thing_each():
     assert sum(small_config("no_compression", TASK).memory_slots) == sum(whole["memory_slots"])
 
 
-def test_stages_double_up_to_the_task():
-    task = Lookup(length=256)
-    stages = staged(task)
-    assert [(stage.task.length, stage.task.num_pairs) for stage in stages] == [(64, 8), (128, 16), (256, 16)]
-    assert [stage.until for stage in stages] == [pytest.approx(0.4), pytest.approx(0.65), 1.0]
-    assert stages[-1].task == task
-    assert staged(Copy(length=40)) == [Stage(Copy(length=40), 1.0)]
-    dense = Lookup(length=256, num_pairs=24)
-    assert [stage.task.num_pairs for stage in staged(dense)] == [8, 16, 24]
-
-
-def test_fewer_hops_come_first_in_dense_rows():
-    stages = staged(Recall(length=128, hops=3))
-    assert [(stage.task.length, stage.task.hops) for stage in stages] == [(32, 1), (32, 2), (32, 3), (64, 3), (128, 3)]
-    assert [stage.until for stage in stages] == [pytest.approx(end) for end in (0.1, 0.375, 0.65, 0.825, 1.0)]
-    assert [stage.task.num_chains for stage in stages] == [6, 4, 3, 2, 8]
-    assert [stage.task.num_queries for stage in stages] == [4, 4, 3, 2, 4]
-    short = staged(Recall(length=9, hops=3, num_chains=1, num_queries=1))
-    assert [(stage.task.length, stage.task.num_chains) for stage in short] == [(5, 1), (7, 1), (9, 1), (9, 1)]
-    assert [stage.task.length for stage in staged(Story(length=128, hops=2))] == [64, 64, 64, 128]
-    for hops in (0, 1, 9):
-        ends = [stage.until for stage in staged(VariableTracking(length=2048, hops=hops), 1024)]
-        assert ends == sorted(ends) and ends[-1] == 1.0 and len(set(ends)) == len(ends)
-
-
-def test_batches_go_from_short_to_long_in_equal_tokens():
-    steps = list(batches(staged(Lookup(length=256)), 100, 1024, seed=0))
-    shapes = [(len(step["input_ids"]), len(step["input_ids"][0])) for step in steps]
-    assert {rows * length for rows, length in shapes} == {1024}
-    assert {length for _, length in shapes[:40]} == {64}
-    assert {length for _, length in shapes[66:]} == {128, 256}
-    assert steps == list(batches(staged(Lookup(length=256)), 100, 1024, seed=0))
-    assert steps != list(batches(staged(Lookup(length=256)), 100, 1024, seed=1))
-
-
 def weights(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
@@ -133,7 +95,7 @@ def test_measuring_on_the_way_and_stopping_early():
     config = small_config("window", TASK, hidden_size=16, intermediate_size=16)
     learned = learn(
         config,
-        [Stage(TASK, 1.0)],
+        Stages([Stage(TASK, 1.0)]),
         num_steps=20,
         tokens_per_batch=64,
         measure=lambda model: next(accuracies),
@@ -149,9 +111,31 @@ def test_it_learns():
     config = small_config(
         "memory", task, [8, 0, 0], segment_length=4, num_sink_tokens=0, hidden_size=32, intermediate_size=32
     )
-    learned = learn(config, [Stage(task, 1.0)], num_steps=80, tokens_per_batch=768, learning_rate=1e-2)
+    learned = learn(config, Stages([Stage(task, 1.0)]), num_steps=80, tokens_per_batch=768, learning_rate=1e-2)
     unseen = Copy(length=12, vocab_size=12, num_symbols=2, seed=10_000)
     assert task_accuracy(learned.model, unseen, 64, batch_size=64)["token"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("memory", {"num_hidden_layers": 1}), ("mamba2", {"num_hidden_layers": 1, "hidden_size": 32, "num_heads": 4})],
+)
+def test_lessons_are_learned_beside_the_answers(kind, settings):
+    """The same rows and answers: only with lessons does a model say, behind a sentence about a thing, what its actor holds."""
+    task = Story(hops=2, length=32, num_facts=4, num_arrivals=2, num_takings=2, num_queries=2, num_easier=2)
+    config = small_config(kind, task, **settings)
+    answers_alone, with_lessons = (
+        learn(config, Stages([Stage(task, 1.0, lesson_weight=weight)]), num_steps=50, tokens_per_batch=512)
+        for weight in (0.0, 1.0)
+    )
+    unseen = Stage(replace(task, seed=10_000), 1.0, lesson_weight=1.0).batch(range(64), np.random.default_rng(0))
+    ids, labels = torch.tensor(unseen["input_ids"]), torch.tensor(unseen["labels"])
+    ends = (labels[:, 8:16] != IGNORED) & (ids[:, 8:16] == IDS["."])  # of the takings
+    right = [
+        (learned.model(ids).logits[:, 7:15].argmax(-1) == labels[:, 8:16])[ends].float().mean()
+        for learned in (answers_alone, with_lessons)
+    ]
+    assert right[0] < 0.3 and right[1] > 0.8
 
 
 @pytest.mark.slow
