@@ -40,7 +40,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk_length)
             counts = (labels[part] != IGNORED).to(precise)[:, None]
             if label_weights is not None:
-                counts = counts * label_weights[part, None]
+                counts = counts * label_weights[part, None].to(precise)
             label, shares = labels[part].masked_fill(labels[part] == IGNORED, 0)[:, None], buffer[: len(counts)]
             if kept is not None:
                 logits = kept[part].to(precise)

@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--memory-learning-rate", type=float, default=1e-2)
-    parser.add_argument("--warmup-steps", type=int, default=50, help="in which the learning rates rise (50)")
+    parser.add_argument(
+        "--warmup-steps", type=int, default=50, help="in which the learning rates rise, at most a quarter of all (50)"
+    )
     parser.add_argument("--salience-cost", type=float, default=0.02, help="weight of the cost of being salient (0.02)")
     parser.add_argument(
         "--salience-margin", type=float, default=0.0, help="how far below 0 that cost pushes what no answer needs (0)"
@@ -105,7 +107,7 @@ def train_task(arguments: argparse.Namespace) -> None:
     for kind in arguments.models:
         for seed in arguments.seeds:
             trained = dataclasses.replace(task, seed=seed)
-            stages = Stages([Stage(trained, 1.0)]) if arguments.no_stages else staged(trained)
+            stages = Stages([Stage(trained, 1.0)], seed) if arguments.no_stages else staged(trained)
             config = small_config(kind, task, arguments.memory_slots, **settings)
             learned = learn(
                 config,
@@ -115,11 +117,11 @@ def train_task(arguments: argparse.Namespace) -> None:
                 arguments.tokens_per_batch,
                 arguments.learning_rate,
                 arguments.memory_learning_rate,
-                arguments.warmup_steps,
                 retention_noise=kind != "no_noise",
                 salience_cost=arguments.salience_cost,
                 salience_margin=arguments.salience_margin,
                 measure=lambda model: task_accuracy(model, _unseen(task), 8)["exact"],
+                warmup_steps=arguments.warmup_steps,
             )
             model = learned.model
             training = {

@@ -15,6 +15,8 @@ OBJECTS = ("football", "apple", "milk", "book", "lamp", "key", "coat", "bottle")
 WORDS = (*ACTORS, *PLACES, *OBJECTS, "went", "took", "dropped", "where", "before", ".", "?")
 IDS = {word: FIRST_SYMBOL + i for i, word in enumerate(WORDS)}
 FIRST_NOISE = FIRST_SYMBOL + len(WORDS)
+# Stories told for a row, in search of one that has enough questions.
+MOST_TRIES = 1000
 
 
 @dataclass
@@ -68,23 +70,16 @@ class World:
         ]
 
     def possible_goings(self) -> list[tuple[str, str, str]]:
-        return [
-            (actor, "went", place)
-            for actor in ACTORS
-            for here in (self.actor_place.get(actor),)
-            for place in PLACES
-            if place != here
-        ]
+        return [(actor, "went", place) for actor in ACTORS for place in PLACES if self.actor_place.get(actor) != place]
 
     def possible_takings(self) -> list[tuple[str, str, str]]:
         """An object can be taken where it is, or anywhere while nobody has seen it."""
+        free = [thing for thing in OBJECTS if thing not in self.holder]
         return [
             (actor, "took", thing)
-            for thing in OBJECTS
-            if thing not in self.holder
-            for places in (self.object_places.get(thing),)
+            for thing in free
             for actor, place in self.actor_place.items()
-            if not places or places[-1] == place
+            if thing not in self.object_places or self.object_places[thing][-1] == place
         ]
 
     def possible_handlings(self) -> list[tuple[str, str, str]]:
@@ -101,8 +96,9 @@ class Story(Task):
         hops: kind of the story, which is also the number of sentences that an answer rests on, at least.
         num_facts: sentences.
         num_queries: different questions at the end, each with its answer behind it.
-        num_easier: questions of the kind below among them.
-        num_arrivals, num_takings: the first sentences: so many actors go somewhere, then so many things are taken.
+        num_easier: questions of the kind below beside those, in random order.
+        num_arrivals, num_takings: the first sentences: so many actors go somewhere, then so many things are taken, which needs
+            actors that have arrived, and a story of several hops.
         vocab_size: words, and then noise.
 
     >>> print(Story(length=20, hops=1, num_facts=3).example())
@@ -127,8 +123,8 @@ class Story(Task):
             f"be more than {FIRST_NOISE + 1}, words and noise",
         )
         require(self.hops in (1, 2, 3), "hops", self.hops, "be 1, 2 or 3")
-        counts = " and ".join(f"{count} questions" for count in (self.num_queries, self.num_easier) if count)
-        self.require_length(4 * self.hops + self._ending, f"{self.hops} sentences and {counts}")
+        counts = f"{self.num_queries} questions and {self.num_easier} easier ones"
+        self.require_length(4 * self.hops + self._ending, f"{self.hops} sentences, {counts}")
         room, count = (self.length - self._ending) // 4, self.num_sentences
         require(
             self.hops <= count <= room,
@@ -143,7 +139,7 @@ class Story(Task):
                 least <= getattr(self, name) <= most,
                 name,
                 getattr(self, name),
-                f"be from {least} to {most} after {count} sentences of kind {self.hops}; or raise num_facts or hops",
+                f"be from {least} to {most} after {count} sentences of kind {self.hops}; or raise num_facts",
             )
 
     def _check_opening(self) -> None:
@@ -176,11 +172,12 @@ class Story(Task):
         """So few of a kind that a story told at random most often has as many, or those that its opening makes certain."""
         if kind == 0:
             return 0
-        count, opening = self.num_sentences, (self.num_arrivals, self.num_takings, 0)
+        count, opening = self.num_sentences, (self.num_arrivals, self.num_takings, 0)[: self.hops]
         usual = min((count // 2, 2 * count // 5, count // 6)[kind - 1], len(ACTORS) // 2)
         certain = opening[kind - 1]
-        # What the opening leaves, less a going and a taking if it has none.
-        left = count - sum(opening) - opening[: kind - 1].count(0)
+        # What the opening leaves, less a sentence for each other kind that it has none of.
+        others = [sentences for other, sentences in enumerate(opening, 1) if other != kind]
+        left = count - sum(opening) - others.count(0)
         return min(certain + left, max(1, certain, usual))
 
     def compose(self, random: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -227,7 +224,7 @@ class Story(Task):
         counts = {
             kind: count for kind, count in ((self.hops, self.num_queries), (self.hops - 1, self.num_easier)) if count
         }
-        while True:
+        for _ in range(MOST_TRIES):
             world, sentences = World(), []
             for number in range(self.num_sentences):
                 events = self._possible_events(world, number, random)
@@ -244,6 +241,10 @@ class Story(Task):
                 if self.num_easier:
                     random.shuffle(asked)
                 return sentences, asked
+        raise ValueError(
+            f"none of {MOST_TRIES:,} stories of {self.num_sentences} sentences has {self.num_queries} questions and {self.num_easier} "
+            "easier ones; lower num_queries or num_easier, or raise num_facts"
+        )
 
     def _possible_events(self, world: World, number: int, random: np.random.Generator) -> list[tuple[str, str, str]]:
         """What sentence `number` may say."""

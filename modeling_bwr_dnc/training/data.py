@@ -285,7 +285,7 @@ def split_validation(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dat
 @dataclass
 class RowCollator:
     """
-    Rows as one batch: padded at the end, without labels and without attention there.
+    Rows as one batch: padded at the end, without labels and without attention there. Rows may have `label_weights`.
 
     Attributes:
         pad_token_id: what stands in the padding; never read.
@@ -298,7 +298,9 @@ class RowCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
         length = max(longest, self.length or 0)
-        fillers = {"input_ids": self.pad_token_id, "labels": IGNORED, "position_ids": 0}
+        fillers: dict[str, float] = {"input_ids": self.pad_token_id, "labels": IGNORED, "position_ids": 0}
+        if "label_weights" in rows[0]:
+            fillers["label_weights"] = 0.0
         batch = {
             name: torch.tensor([list(row[name]) + [filler] * (length - len(row[name])) for row in rows])
             for name, filler in fillers.items()

@@ -113,7 +113,6 @@ def learn(
     tokens_per_batch: int = 2048,
     learning_rate: float = 5e-3,
     memory_learning_rate: float = 1e-2,
-    warmup_steps: int = 50,
     retention_noise: bool = True,
     salience_cost: float = 0.02,
     salience_margin: float = 0.0,
@@ -121,6 +120,7 @@ def learn(
     measure_every: int = 50,
     stop_at: float | None = None,
     adapt_every: int | None = 50,
+    warmup_steps: int = 50,
 ) -> Learned:
     """
     Train a new model on the stages of a task, or on the tasks of a curriculum.
@@ -129,11 +129,11 @@ def learn(
         adapt_every: steps after which the success at a curriculum, or at a stage that ends when it is learned, is measured, to move
             it; None: a curriculum stays where it is, a stage lasts as long as it may. The time that this takes counts as training.
         memory_learning_rate: of salience, routing and compressor, which get no weight decay.
-        warmup_steps: in which the learning rates rise; a quarter of all steps at most.
         retention_noise: Gumbel noise on what the memory keeps, without which an entry that is never kept is never tried.
         salience_cost, salience_margin: see `BwrDncTrainingArguments`.
         measure: accuracy of the model; called every `measure_every` steps.
         stop_at: end the training when `measure` has reached this.
+        warmup_steps: in which the learning rates rise; a quarter of all steps at most.
     """
     # Small activations decay into denormal numbers, which CPUs compute with many times slower.
     torch.set_flush_denormal(True)
@@ -141,7 +141,7 @@ def learn(
     model = AutoModelForCausalLM.from_config(config)
     slow_gates(model)
     # A list is cut into shards: one that holds all.
-    options = {"sources": [source], "num_steps": num_steps, "tokens_per_batch": tokens_per_batch, "seed": seed}
+    options = {"sources": [source], "num_steps": num_steps, "tokens_per_batch": tokens_per_batch}
     rows = IterableDataset.from_generator(_batches, gen_kwargs=options)
     is_ours = config.model_type == BwrDncConfig.model_type
     watch = _Watch(measure, measure_every, stop_at)
@@ -198,12 +198,9 @@ def slow_gates(model: PreTrainedModel) -> None:
             module.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus of this is the step
 
 
-def _batches(sources: list, num_steps: int, tokens_per_batch: int, seed: int) -> Iterator[dict]:
+def _batches(sources: list[Stages | Curriculum], num_steps: int, tokens_per_batch: int) -> Iterator[dict]:
     for source in sources:
-        if isinstance(source, Curriculum):
-            yield from source.batches(num_steps, tokens_per_batch)
-        else:
-            yield from source.batches(num_steps, tokens_per_batch, seed)
+        yield from source.batches(num_steps, tokens_per_batch)
 
 
 def _whole_batch(items: list[dict]) -> dict[str, torch.Tensor]:
@@ -214,16 +211,15 @@ def _whole_batch(items: list[dict]) -> dict[str, torch.Tensor]:
 class _WeightedTrainer(Trainer):
     """The library's, which does not know `label_weights`; `BwrDncTrainer` does."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs, *args, **kwargs):
         if "label_weights" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, *args, **kwargs)
         weights, labels = inputs["label_weights"][:, 1:], inputs["labels"][:, 1:]
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         losses = F.cross_entropy(
             outputs.logits[:, :-1].transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
-        loss = (losses * weights).sum() / (labels != IGNORED).sum()
-        return (loss, outputs) if return_outputs else loss
+        return (losses * weights).sum() / (labels != IGNORED).sum()
 
 
 class _Watch(TrainerCallback):

@@ -10,11 +10,13 @@ from transformers import TrainerCallback
 
 from ..evaluation.measuring import task_accuracy
 from ..tasks import Recall, Story, Task
+from ..tasks.task import require
 from ..token_loss import IGNORED
 
 # Rows that tell whether a stage is learned; training uses small seeds, measurements of results others.
 UNSEEN_SEED = 20_000
 UNSEEN_ROWS = 64
+UNSEEN_TOKENS = 16_384
 # Accuracy on them, in [0, 1], that ends a stage of several hops.
 LEARNED = 0.97
 
@@ -25,8 +27,8 @@ class Stage:
     A task, and until which share of the training it is the hardest one.
 
     Args:
-        learned_at: accuracy on unseen rows, in [0, 1], that ends the stage early, if it can be.
-        lesson_weight: of the mean loss of the task's lessons (see `Story.lessons`), beside 1 for that of its answers; 0: without.
+        learned_at: accuracy on unseen rows, in [0, 1], that ends the stage early; None: it lasts.
+        lesson_weight: of the mean loss of the lessons of a `Story`, beside 1 for that of its answers; 0: without them.
     """
 
     task: Task
@@ -34,10 +36,16 @@ class Stage:
     learned_at: float | None = None
     lesson_weight: float = 0.0
 
+    def __post_init__(self):
+        lessons = self.lesson_weight == 0 or isinstance(self.task, Story)
+        require(
+            lessons, "lesson_weight", self.lesson_weight, f"be 0, since the task {self.task.name!r} has no lessons"
+        )
+
     def batch(self, indices: Sequence[int], random: np.random.Generator) -> dict[str, list]:
         """`input_ids` and `labels` [B, T] of rows; with lessons among the labels also their `label_weights` [B, T]."""
         input_ids, labels = self.task.batch(indices)
-        if not self.lesson_weight or not isinstance(self.task, Story):
+        if not isinstance(self.task, Story) or not self.lesson_weight:
             return {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
         lessons = np.array([self.task.lessons(row, random) for row in input_ids.tolist()])
         are_lessons, are_answers = lessons != IGNORED, labels != IGNORED
@@ -52,10 +60,17 @@ class Stage:
 
 @dataclass
 class Stages:
-    """Stages in order, of which the open ones take turns: the hardest, and the one before it."""
+    """Stages in order, of which the open ones take turns at random: the hardest, and the one before it."""
 
     stages: Sequence[Stage]
+    seed: int = 0
     hardest: int = field(default=0, init=False)
+
+    def __post_init__(self):
+        ends = [stage.until for stage in self.stages]
+        require(
+            ends[-1:] == [1.0] and ends == sorted(ends), "stages", ends, "end at ascending shares, the last at 1.0"
+        )
 
     def report(self, accuracy: float) -> None:
         """Tell the measured accuracy at the hardest open stage, which may end it."""
@@ -63,9 +78,9 @@ class Stages:
         if learned_at is not None and accuracy >= learned_at:
             self.hardest = min(self.hardest + 1, len(self.stages) - 1)
 
-    def batches(self, num_steps: int, tokens_per_batch: int, seed: int) -> Iterator[dict]:
+    def batches(self, num_steps: int, tokens_per_batch: int) -> Iterator[dict]:
         """One batch per step, of about `tokens_per_batch` tokens."""
-        random = np.random.default_rng(seed)
+        random = np.random.default_rng(self.seed)
         self.hardest = 0
         for step in range(num_steps):
             while step >= self.stages[self.hardest].until * num_steps:
@@ -86,7 +101,8 @@ class StagesCallback(TrainerCallback):
         if stage.learned_at is None or state.global_step % self.every:
             return
         model.eval()
-        accuracy = task_accuracy(model, replace(stage.task, seed=UNSEEN_SEED), UNSEEN_ROWS, UNSEEN_ROWS)["exact"]
+        num_rows = max(8, min(UNSEEN_ROWS, UNSEEN_TOKENS // stage.task.length))
+        accuracy = task_accuracy(model, replace(stage.task, seed=UNSEEN_SEED), num_rows, num_rows)["exact"]
         model.train()
         self.stages.report(accuracy)
 
@@ -99,23 +115,23 @@ def staged(task: Task, shortest: int = 64) -> Stages:
 
     Where an answer takes several hops, rows of the shortest length come before, of one hop until 0.1 of the training, of all until
     0.65, and the lengths share the rest alike. Chains fill rows of half that length there, with hardly any noise: finding how to take
-    two hops is what lasts, and a batch of such rows has the most answers.
+    two hops is what lasts, and a batch of such rows has the most answers. These stages end as soon as they are learned.
 
-    Stories of several hops have stages of their own, see `_told`.
+    Stories of several hops have stages of their own, see `_told`; these rows have as many questions as there can be.
     """
     lengths = [task.length]
     while lengths[0] // 2 >= shortest:
         lengths.insert(0, lengths[0] // 2)
     hops = getattr(task, "hops", 1)
     if hops > 1 and isinstance(task, Story):
-        return Stages(_told(task, lengths))
+        return Stages(_told(task, lengths), task.seed)
     stages, shares = [], np.linspace(0.4, 0.65, len(lengths) - 1).tolist()
     if hops > 1:
         dense = [_dense(replace(task, **{"hops": count}), lengths[0]) for count in range(1, hops + 1)]
         stages = [Stage(easy, end, LEARNED) for easy, end in zip(dense, np.linspace(0.1, 0.65, hops).tolist())]
         shares = np.linspace(0.65, 1.0, len(lengths) + 1)[1:-1].tolist()
     stages += [Stage(_shortened(task, length), end) for length, end in zip(lengths, [*shares, 1.0])]
-    return Stages(stages)
+    return Stages(stages, task.seed)
 
 
 def _told(task: Story, lengths: Sequence[int]) -> list[Stage]:

@@ -26,7 +26,8 @@ class BwrDncTrainer(Trainer):
     `Trainer` with what a bounded memory needs, set by `BwrDncTrainingArguments`.
 
     Sequences can be read in spans (truncated back-propagation through time, in memory that does not grow with their length);
-    the loss never holds all logits; each label counts by its weight, if a batch has `label_weights` [B, T]; the memory parameters have a learning rate of their own, no weight decay and full
+    the loss never holds all logits, and labels count by weights of their own if a batch has `label_weights` [B, T] (the mean is
+    still over the number of labels, so that weights of 2 double the loss); the memory parameters have a learning rate of their own, no weight decay and full
     precision states; the log shows what the memory holds and how its gates move; a checkpoint appears only when it is complete.
     """
 
@@ -51,6 +52,12 @@ class BwrDncTrainer(Trainer):
             self.salience_cost = SalienceCost(self.model, self.args.salience_margin)
         self.gate_movement = GateMovement(self.model) if self.args.log_memory else None
         self.memory_metrics: dict[str, float] = {}
+
+    def _set_signature_columns_if_needed(self):
+        """The library drops columns that no forward pass takes; this one is taken here."""
+        super()._set_signature_columns_if_needed()
+        if "label_weights" not in self._signature_columns:
+            self._signature_columns.append("label_weights")
 
     # ----------------------------------------------------------------------------------------------------------- loss
 

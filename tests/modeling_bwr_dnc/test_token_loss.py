@@ -49,6 +49,16 @@ def test_weights_of_labels(problem, keeps_logits):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_weights_may_be_more_precise_than_the_model(problem):
+    hidden, weight, labels = problem
+    label_weights = torch.rand(2, 11, dtype=torch.float64)
+    low, _ = summed_cross_entropy(hidden.float(), weight.float(), labels, 4, label_weights=label_weights)
+    high, _ = summed_cross_entropy(hidden, weight, labels, 4, label_weights=label_weights)
+    low.backward()
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low.double(), high)
+
+
 def test_nothing_is_kept_without_gradients(problem):
     hidden, weight, labels = problem
     with torch.no_grad():

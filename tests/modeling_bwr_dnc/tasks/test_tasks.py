@@ -201,6 +201,25 @@ def test_stories_begin_as_asked_and_ask_for_as_much():
     assert len(orders) > 3
 
 
+@pytest.mark.parametrize(("hops", "num_facts"), [(2, 6), (2, 10), (3, 8), (3, 12)])
+def test_stories_with_as_many_questions_as_are_allowed_are_found(hops, num_facts):
+    for arrivals in range(num_facts - hops + 2):
+        for takings in range(num_facts - arrivals - hops + 3 if arrivals else 1):
+            if arrivals > 8 or takings > 8 or (hops == 3 and arrivals + takings > num_facts - 1):
+                continue
+            story = Story(hops=hops, num_facts=num_facts, num_arrivals=arrivals, num_takings=takings)
+            most = {"num_queries": story.most_questions(hops), "num_easier": story.most_questions(hops - 1)}
+            for name, count in most.items():
+                dataclasses.replace(story, **{name: count}).row(0)
+
+
+def test_a_story_that_can_hardly_be_is_given_up():
+    task = Story(hops=2, num_facts=12, num_arrivals=1, num_takings=8, num_queries=8, num_easier=4, seed=1)
+    with pytest.raises(ValueError, match="lower num_queries or num_easier"):
+        for index in range(1000):
+            task.row(index)
+
+
 def test_rows_without_noise_hold_sentences_and_questions_alone():
     task = Story(hops=2, length=512, num_facts=10, num_queries=4, num_easier=1)
     dense = task.without_noise()

@@ -28,7 +28,7 @@ def rows(text):
 def train(tmp_path, rows):
     """Train a tiny model on real text; returns the trainer."""
 
-    def run(resume=None, model=None, config=None, **arguments):
+    def run(resume=None, model=None, config=None, data=rows, **arguments):
         torch.manual_seed(0)
         if model is None:
             model = BwrDncForCausalLM(tiny_config(vocab_size=256, hidden_dropout=0.1, **config or {}))
@@ -48,7 +48,7 @@ def train(tmp_path, rows):
         trainer = BwrDncTrainer(
             model=model,
             args=BwrDncTrainingArguments(**defaults | arguments),
-            train_dataset=rows,
+            train_dataset=data,
             eval_dataset=rows.select(range(4)),
             data_collator=RowCollator(),
         )

@@ -105,6 +105,15 @@ def test_measuring_on_the_way_and_stopping_early():
     assert [(point["step"], point["accuracy"]) for point in learned.curve] == [(2, 0.1), (4, 0.6)]
 
 
+def test_a_stage_that_is_learned_makes_way():
+    config = small_config("window", TASK, hidden_size=16, intermediate_size=16)
+    stages = Stages([Stage(TASK, 0.9, learned_at=0.0), Stage(TASK, 0.95, learned_at=1.1), Stage(TASK, 1.0)])
+    learn(config, stages, num_steps=8, tokens_per_batch=64, adapt_every=2)
+    assert stages.hardest == 1
+    learn(config, stages, num_steps=6, tokens_per_batch=64, adapt_every=None)
+    assert stages.hardest == 0
+
+
 def test_it_learns():
     """Two seconds teach to repeat two of four symbols that only the bank still holds: by chance 0.25 would be right."""
     task = Copy(length=12, vocab_size=12, num_symbols=2)

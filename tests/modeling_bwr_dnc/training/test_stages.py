@@ -36,23 +36,37 @@ def test_fewer_hops_come_first_in_dense_rows():
 
 
 def test_batches_go_from_short_to_long_in_equal_tokens():
-    steps = list(staged(Lookup(length=256)).batches(100, 1024, seed=0))
+    steps = list(staged(Lookup(length=256)).batches(100, 1024))
     shapes = [(len(step["input_ids"]), len(step["input_ids"][0])) for step in steps]
     assert {rows * length for rows, length in shapes} == {1024}
     assert {length for _, length in shapes[:40]} == {64}
     assert {length for _, length in shapes[66:]} == {128, 256}
-    assert steps == list(staged(Lookup(length=256)).batches(100, 1024, seed=0))
-    assert steps != list(staged(Lookup(length=256)).batches(100, 1024, seed=1))
+    assert steps == list(staged(Lookup(length=256)).batches(100, 1024))
+    assert steps != list(staged(Lookup(length=256, seed=1)).batches(100, 1024))
 
 
 def test_a_stage_ends_when_it_is_learned_but_the_last_one_does_not():
     tasks = [Copy(length=length) for length in (16, 32, 64)]
     stages = Stages([Stage(tasks[0], 0.5, learned_at=0.9), Stage(tasks[1], 0.9), Stage(tasks[2], 1.0, learned_at=0.5)])
     lengths = []
-    for step, batch in enumerate(stages.batches(100, 64, seed=0)):
+    for step, batch in enumerate(stages.batches(100, 64)):
         lengths.append(len(batch["input_ids"][0]))
         stages.report(0.95 if step in (9, 20, 95) else 0.8)
     assert set(lengths[:10]) == {16} and set(lengths[10:90]) == {16, 32} and set(lengths[90:]) == {32, 64}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Stages([]),
+        lambda: Stages([Stage(Copy(), 0.5)]),
+        lambda: Stages([Stage(Copy(), 0.9), Stage(Copy(), 0.5), Stage(Copy(), 1.0)]),
+        lambda: Stage(Copy(), 1.0, lesson_weight=0.5),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(make):
+    with pytest.raises(ValueError, match="`stages` is|`lesson_weight` is"):
+        make()
 
 
 def test_stories_of_several_hops_begin_with_openings_and_lessons():
@@ -94,6 +108,7 @@ def test_answers_and_lessons_have_means_of_their_own():
     )
     losses = torch.randn(5, 64).exp()
     means = [losses[labels != IGNORED].mean() for labels in (plain, lessons)]
+    batch["label_weights"] = batch["label_weights"].float()
     whole = (losses * batch["label_weights"])[batch["labels"] != IGNORED].mean()
     torch.testing.assert_close(whole, means[0] + 0.25 * means[1])
     assert not batch["label_weights"][batch["labels"] == IGNORED].any()

@@ -178,11 +178,26 @@ def test_predictions_are_the_logits_of_whole_rows(train, rows):
     assert found.metrics["test_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_labels_count_by_their_weights(train, rows, accumulated):
+    """With the trainer, the arguments and the collator that users have."""
+    options = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 2 // accumulated,
+        "gradient_accumulation_steps": accumulated,
+    }
+    found = []
+    for weight in (1.0, 2.0):
+        torch.manual_seed(0)
+        model = BwrDncForCausalLM(tiny_config(vocab_size=256))
+        weighted = rows.add_column("label_weights", [[weight] * len(labels) for labels in rows["labels"]])
+        found += losses(train(model=model, data=weighted, **options))
+    assert found[1] == pytest.approx(2 * found[0], rel=1e-5)
+
+
 def test_weights_of_labels_are_refused_where_logits_are_wanted(train, rows):
     trainer = train(max_steps=1)
-    batch = trainer.data_collator([rows[0]])
-    batch["label_weights"] = torch.ones(batch["labels"].shape)
-    assert trainer.compute_loss(trainer.model, dict(batch)).shape == ()
+    batch = trainer.data_collator([rows[0] | {"label_weights": [0.5] * len(rows[0]["labels"])}])
     with pytest.raises(ValueError, match="prediction_loss_only"):
         trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
 
