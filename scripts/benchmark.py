@@ -40,7 +40,7 @@ from scripts.command_line import check_output, run
 WHATS = ("train", "prefill", "decode", "memory", "cold", "announced")
 MEMORY_VARIANTS = (("own", True), ("own", False), ("chunked", False))
 QUICK = {"preset": "bwr-dnc-tiny", "lengths": [64, 256, 1024], "rounds": 2, "decode_tokens": 32, "minutes": 3.0}
-DEFAULTS = {"preset": "bwr-dnc-120m", "lengths": None, "rounds": 4, "decode_tokens": None, "minutes": 26.0}
+DEFAULTS = {"preset": "bwr-dnc-120m", "lengths": None, "rounds": 4, "decode_tokens": None, "minutes": 28.0}
 # Throughput by preset, as (batch size, length).
 THROUGHPUT = {
     "bwr-dnc-60m": ((1, 512), (4, 512), (8, 512), (1, 2048), (4, 2048)),
