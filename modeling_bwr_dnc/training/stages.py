@@ -113,8 +113,8 @@ def staged(task: Task, shortest: int = 64) -> Stages:
 
     Pairs, if the task has any, are as dense as in the whole, but at most an eighth of the tokens and at least what fits.
 
-    Where an answer takes several hops, rows of the shortest length come before, of one hop until 0.1 of the training, of all until
-    0.65, and the lengths share the rest alike. Chains fill rows of half that length there, with hardly any noise: finding how to take
+    Where an answer takes several hops, rows of the shortest length come before, of one hop until 0.2 of the training, of all until
+    0.7, and the lengths share the rest alike. Chains fill rows of half that length there, with hardly any noise: finding how to take
     two hops is what lasts, and a batch of such rows has the most answers. These stages end as soon as they are learned.
 
     Stories of several hops have stages of their own, see `_told`; these rows have as many questions as there can be.
@@ -128,8 +128,8 @@ def staged(task: Task, shortest: int = 64) -> Stages:
     stages, shares = [], np.linspace(0.4, 0.65, len(lengths) - 1).tolist()
     if hops > 1:
         dense = [_dense(replace(task, **{"hops": count}), lengths[0]) for count in range(1, hops + 1)]
-        stages = [Stage(easy, end, LEARNED) for easy, end in zip(dense, np.linspace(0.1, 0.65, hops).tolist())]
-        shares = np.linspace(0.65, 1.0, len(lengths) + 1)[1:-1].tolist()
+        stages = [Stage(easy, end, LEARNED) for easy, end in zip(dense, np.linspace(0.2, 0.7, hops).tolist())]
+        shares = np.linspace(0.7, 1.0, len(lengths) + 1)[1:-1].tolist()
     stages += [Stage(_shortened(task, length), end) for length, end in zip(lengths, [*shares, 1.0])]
     return Stages(stages, task.seed)
 

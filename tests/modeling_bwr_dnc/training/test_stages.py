@@ -25,7 +25,7 @@ def test_stages_double_up_to_the_task():
 def test_fewer_hops_come_first_in_dense_rows():
     stages = staged(Recall(length=128, hops=3)).stages
     assert [(stage.task.length, stage.task.hops) for stage in stages] == [(32, 1), (32, 2), (32, 3), (64, 3), (128, 3)]
-    assert [stage.until for stage in stages] == [pytest.approx(end) for end in (0.1, 0.375, 0.65, 0.825, 1.0)]
+    assert [stage.until for stage in stages] == [pytest.approx(end) for end in (0.2, 0.45, 0.7, 0.85, 1.0)]
     assert [stage.task.num_chains for stage in stages] == [6, 4, 3, 2, 8]
     assert [stage.task.num_queries for stage in stages] == [4, 4, 3, 2, 4]
     short = staged(Recall(length=9, hops=3, num_chains=1, num_queries=1)).stages
