@@ -123,8 +123,8 @@ class Story(Task):
             f"be more than {FIRST_NOISE + 1}, words and noise",
         )
         require(self.hops in (1, 2, 3), "hops", self.hops, "be 1, 2 or 3")
-        counts = f"{self.num_queries} questions and {self.num_easier} easier ones"
-        self.require_length(4 * self.hops + self._ending, f"{self.hops} sentences, {counts}")
+        asked = f"{self.num_queries} questions and {self.num_easier} easier ones"
+        self.require_length(4 * self.hops + self._ending, f"{self.hops} sentences, {asked}")
         room, count = (self.length - self._ending) // 4, self.num_sentences
         require(
             self.hops <= count <= room,
@@ -209,13 +209,10 @@ class Story(Task):
                     labels[position + 1] = IDS[world.actor_place[actor]]
                 elif self.hops == 3 and left:
                     labels[position + 1] = IDS[left]
+            elif token == IDS["where"]:
+                begin = position + 1
             elif token == IDS["?"]:
-                question = (
-                    input_ids[position - 3 : position : 2]
-                    if input_ids[position - 2] == IDS["before"]
-                    else input_ids[position - 1 : position]
-                )
-                about = tuple(map(self._word, question))
+                about = tuple(map(self._word, input_ids[begin:position:2]))
                 if about in world.handlers:
                     labels[position] = IDS[world.handlers[about]]
         return labels

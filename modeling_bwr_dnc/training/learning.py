@@ -1,8 +1,7 @@
 """
 Learning a task from scratch with a very small model, in minutes on a CPU: ours, and others beside it.
 
-Short rows come first: what a question asks for is learned where everything is still in sight, and only then what to keep. Rows
-of a batch share a length, batches have about the same number of tokens.
+Rows of a batch share a length, batches have about the same number of tokens; which come when is a matter of `stages`.
 """
 
 import math
@@ -174,12 +173,11 @@ def learn(
             model=model, args=arguments, train_dataset=rows, data_collator=_whole_batch, callbacks=[watch]
         )
         trainer.remove_callback(PrinterCallback)
-        if adapt_every is None:
-            pass
-        elif isinstance(source, Curriculum):
-            CurriculumCallback(source, adapt_every).follow(trainer)
-        else:
-            trainer.add_callback(StagesCallback(source, adapt_every))
+        if adapt_every is not None:
+            if isinstance(source, Curriculum):
+                CurriculumCallback(source, adapt_every).follow(trainer)
+            else:
+                trainer.add_callback(StagesCallback(source, adapt_every))
         trainer.train()
     model.config.use_cache = True
     return Learned(model.eval(), watch.elapsed(), watch.curve)

@@ -27,8 +27,9 @@ class BwrDncTrainer(Trainer):
 
     Sequences can be read in spans (truncated back-propagation through time, in memory that does not grow with their length);
     the loss never holds all logits, and labels count by weights of their own if a batch has `label_weights` [B, T] (the mean is
-    still over the number of labels, so that weights of 2 double the loss); the memory parameters have a learning rate of their own, no weight decay and full
-    precision states; the log shows what the memory holds and how its gates move; a checkpoint appears only when it is complete.
+    still over the number of labels, so that weights of 2 double the loss); the memory parameters have a learning rate of their
+    own, no weight decay and full precision states; the log shows what the memory holds and how its gates move; a checkpoint
+    appears only when it is complete.
     """
 
     args: BwrDncTrainingArguments
