@@ -72,7 +72,15 @@ class CapturedStep:
 
         Args:
             noise_seed: of the noise on what a state bank keeps; pass the number of the step.
+
+        Raises:
+            ValueError: for inputs of other names or shapes than those recorded.
         """
+        shapes, recorded = ({name: tuple(t.shape) for name, t in each.items()} for each in (inputs, self.inputs))
+        if shapes != recorded:
+            raise ValueError(
+                f"the inputs have the shapes {shapes}, but those recorded have {recorded}; record another step for them"
+            )
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
         self.seed.fill_(noise_seed)

@@ -213,8 +213,8 @@ class BwrDncConfig(PreTrainedConfig):
             # The reason comes first, then every type that was tried.
             raise ValueError(str(error.__cause__ or error).partition(" Errors:")[0]) from error
         config = found[0] if isinstance(found, tuple) else found
-        config.validate_architecture()
         config.validate_layer_type()
+        config.validate_architecture()
         return found
 
     def to_dict(self) -> dict:

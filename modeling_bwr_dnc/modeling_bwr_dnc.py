@@ -1017,23 +1017,28 @@ def _new_tokens(
     """
     batch_size, num_tokens = input_ids.shape
     num_rows = len(cache.rows)
-    if num_rows != batch_size and batch_size % num_rows == 0:
-        cache.batch_repeat_interleave(batch_size // num_rows)
-    elif num_rows != batch_size:
-        raise ValueError(f"`past_key_values` has {num_rows} rows, but the input has {batch_size}; they must be equal.")
+    if batch_size % num_rows:
+        raise ValueError(
+            f"`past_key_values` has {num_rows} rows, but the input has {batch_size}; give every row of the memory as many "
+            "(`cache.batch_repeat_interleave`, `StateBankCache.stack`, `unstack`)."
+        )
+    repeats = batch_size // num_rows
     real = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
         real = attention_mask[:, -num_tokens:] != 0
     if attention_mask is None or attention_mask.shape[1] == num_tokens:
-        seen = torch.tensor([row.seen for row in cache.rows], device=input_ids.device)[:, None]
+        seen = torch.tensor([row.seen for row in cache.rows], device=input_ids.device)
+        seen, read = seen.repeat_interleave(repeats)[:, None], cache.history.repeat_interleave(repeats)
         history = real & (real.cumsum(1) <= seen)
-        digest = extend_history(torch.zeros_like(cache.history), input_ids.to(cache.history.device), history)
-        is_full = (digest == cache.history)[:, None] & (real.sum(1, keepdim=True) >= seen)
+        digest = extend_history(torch.zeros_like(read), input_ids.to(read.device), history)
+        is_full = (digest == read)[:, None] & (real.sum(1, keepdim=True) >= seen)
         real = real & ~(history & is_full)
     if not bool(real.any(1).all()):
         raise ValueError(
             "A row of `input_ids` has no token that the cache has not read already; pass at least one new token per row."
         )
+    if repeats > 1:
+        cache.batch_repeat_interleave(repeats)
     first = int(real.any(0).int().argmax())
     input_ids, real = input_ids[:, first:], real[:, first:]
     return input_ids, real.long()

@@ -185,7 +185,8 @@ class StateBankLayer(CacheLayerMixin):
             elif target.seen < boundary:
                 raise ValueError(
                     f"`crop` was asked to remove {count} tokens, but the memory was consolidated {row.seen - boundary} tokens ago "
-                    "and the state before was not kept; call `cache.activate_past_recording()` before reading."
+                    "and the state before was not kept; call `cache.activate_past_recording()` before reading "
+                    "(`forget` gives up what it has kept)."
                 )
             end, length = row.seen - row.window_start, state.length(index)
             if state.holes is not None and state.holes[index, :, length - removed : length].any():
@@ -318,7 +319,7 @@ class StateBankCache(Cache):
 
     @property
     def rows(self) -> list[RowState]:
-        """Counters of every row, equal in all layers but for the slots."""
+        """Counters of every row, those of layer 0: equal in all layers but for slots and pins, of which layers without slots have none."""
         return self.layers[0].state.rows if self.states else []
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -371,7 +372,11 @@ class StateBankCache(Cache):
 
     @staticmethod
     def stack(caches: "list[StateBankCache]") -> "StateBankCache":
-        """One batch of the rows of several caches, which may stand at different positions."""
+        """
+        One batch of the rows of several caches, which may stand at different positions.
+
+        Raises `ValueError` for an empty cache, and for caches that differ in weights, layers, settings, type or device.
+        """
         if not caches or any(not cache.states for cache in caches):
             raise ValueError(
                 "StateBankCache.stack takes at least one cache, and each must have read at least one token."
@@ -506,7 +511,7 @@ class StateBankCache(Cache):
         Remove every entry that stems from the positions `start` to `end` (exclusive) of a row, or of every row.
 
         A compressed slot goes as a whole when one of its sources is in the span. What later tokens had already taken over
-        from them while reading stays in those tokens.
+        from them while reading stays in those tokens. What `activate_past_recording` had kept to go back to is given up, of all rows.
         """
         if not 0 <= start < end:
             raise ValueError(
@@ -796,8 +801,14 @@ def _require_same_settings(first: StateBankCache, other: StateBankCache) -> None
             "The caches to stack were written by models with different weights; stack those of one model."
         )
     if len(first.layers) != len(other.layers):
-        raise ValueError(f"The caches to stack have {len(first.layers)} and {len(other.layers)} layers.")
+        raise ValueError(
+            f"The caches to stack have {len(first.layers)} and {len(other.layers)} layers; stack those of one model."
+        )
     for index, (mine, theirs) in enumerate(zip(first.states, other.states, strict=True)):
+        if mine.keys.device != theirs.keys.device:
+            raise ValueError(
+                f"The caches to stack are on {mine.keys.device} and {theirs.keys.device} (layer {index}); move one with `to`."
+            )
         if mine.settings != theirs.settings or mine.keys.dtype != theirs.keys.dtype:
             raise ValueError(
                 f"The caches to stack differ in layer {index}: {mine.settings}, {mine.keys.dtype} against {theirs.settings}, "

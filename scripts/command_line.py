@@ -26,6 +26,8 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
     quiet_libraries()
     try:
         command(arguments)
+    except ModuleNotFoundError as error:
+        parser.exit(2, f"{parser.prog}: error: {error.name} is not installed; pip install {error.name}\n")
     except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
         parser.exit(2, f"{parser.prog}: error: {message}\n")

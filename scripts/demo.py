@@ -74,8 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def demo(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
-    # Twice the window of the converted model.
-    check_least(arguments, num_tokens=1024)
+    # More than a layer of the converted model holds.
+    check_least(arguments, num_tokens=2048)
     check_output(arguments.output)
     output = Path(arguments.output)
     folder, state = output / "model", output / "state"
@@ -85,7 +85,7 @@ def demo(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(str(folder), DEVICE)
 
     heading("2. Reading a text much longer than its memory")
-    ids = text_with_fact(tokenizer, arguments.num_tokens)
+    ids, place = text_with_fact(tokenizer, arguments.num_tokens)
     cache = StateBankCache(config=model.config)
     room = f"{model.config.max_keys:,} keys and values"
     print(
@@ -105,6 +105,7 @@ def demo(arguments: argparse.Namespace) -> None:
     print(f"\n... {tokenizer.decode(ids[0, -40:])}>>>{tokenizer.decode(written[0])}")
 
     heading("3. A fact from far outside the window")
+    print(f'Hidden at token {place:,} of the text: "{FACT.sentence}"')
     ask_for_fact(model, tokenizer, ids, cache)
 
     heading("4. A chat question, through the ordinary pipeline")
@@ -132,17 +133,16 @@ def demo(arguments: argparse.Namespace) -> None:
     print(f"  python -m scripts.push_to_hub --model {folder} --repo owner/name --dry-run {output / 'hub'}")
 
 
-def text_with_fact(tokenizer, num_tokens: int) -> torch.Tensor:
-    """The first `num_tokens` of Python's manual, with the fact between two of its sentences, [1, T]."""
+def text_with_fact(tokenizer, num_tokens: int) -> tuple[torch.Tensor, int]:
+    """The first `num_tokens` of Python's manual, with the fact between two of its sentences, [1, T], and the token it begins at."""
     ids = tokenizer(python_manual(), verbose=False).input_ids[:num_tokens]
     place = min(sentence_ends(tokenizer, ids), key=lambda end: abs(end - min(FACT_PLACE, num_tokens // 4)))
-    return torch.tensor([hide_facts(tokenizer, ids, {place: FACT})[0][:num_tokens]])
+    return torch.tensor([hide_facts(tokenizer, ids, {place: FACT})[0][:num_tokens]]), place
 
 
 def ask_for_fact(model, tokenizer, ids: torch.Tensor, cache: StateBankCache) -> None:
     """Ask for the fact: a copy of the memory, and one that has seen only the last window of the text `ids` [1, T]."""
     window = 2 * model.config.segment_length
-    print(f'Hidden at token {FACT_PLACE:,} of the text, or near it: "{FACT.sentence}"')
     recent = StateBankCache(config=model.config)
     read_tokens(model, ids[:, -window:], recent)
     question = tokenizer(FACT.prompt, return_tensors="pt", add_special_tokens=False).input_ids

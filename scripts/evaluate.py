@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--full-limit",
         type=int,
         default=8192,
-        help="the longest text that full attention is measured on (its cost grows)",
+        help="the longest text that full attention is measured on (its cost grows); `budgets` and `pairs` have no limit",
     )
     add_device(parser)
     return parser
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     check_least(arguments, lengths=2, rows=1, pairs=1, slots=0, budgets=1, full_limit=0)
     check_output(arguments.output)
-    if set(arguments.measures) & set(TEXT_MEASURES):
+    if set(arguments.measures) & set(TEXT_MEASURES) or asks_in_words(arguments):
         model, tokenizer = load_model(arguments.model, arguments.device)
     else:
         model, tokenizer = load_bare_model(arguments.model, arguments.device), None
@@ -169,7 +169,8 @@ def _needle(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
 def _facts(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
     token_ids = _token_ids(arguments, tokenizer)
     options = {"num_texts": arguments.rows, "seed": arguments.seed, "full_limit": arguments.full_limit}
-    return {"facts": measure_recall(model, tokenizer, token_ids, policies, arguments.lengths, **options)}
+    by_depth, by_kind = measure_recall(model, tokenizer, token_ids, policies, arguments.lengths, **options)
+    return {"facts": by_depth, "facts_by_kind": by_kind}
 
 
 def _sessions(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
@@ -209,13 +210,13 @@ def _depths(task: Task, arguments, model, policies) -> list[dict]:
 
 
 def _accuracy(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    task = chosen_task(arguments, model)
+    task = chosen_task(arguments, model, tokenizer)
     records = measure_lengths(model, task, policies, arguments.lengths, arguments.rows, arguments.full_limit)
     return {f"{task.name}_by_length": records}
 
 
 def _pairs(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    task = dataclasses.replace(chosen_task(arguments, model), length=max(arguments.lengths))
+    task = dataclasses.replace(chosen_task(arguments, model, tokenizer), length=max(arguments.lengths))
     if not hasattr(task, "num_pairs"):
         raise ValueError(f"the task {task.name!r} has no pairs; use lookup or mqar")
     records = measure_pairs_and_slots(model, task, policies, arguments.pairs, arguments.slots, arguments.rows)
@@ -234,22 +235,39 @@ MEASURING = {
 }
 
 
-def chosen_task(arguments: argparse.Namespace, model: BwrDncForCausalLM) -> Task:
-    """The task asked for, or the one that the model's folder names."""
+def trained_on(arguments: argparse.Namespace) -> dict:
+    """What the model's folder says that it was trained on; nothing if it does not say."""
     path = Path(arguments.model) / TASK_FILE
-    described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def asks_in_words(arguments: argparse.Namespace) -> bool:
+    """Whether the task asked for is made of words, and was not learned as bytes by a model without a tokenizer."""
+    name = arguments.task if {"accuracy", "pairs"} & set(arguments.measures) else None
+    return (
+        name is not None
+        and "tokenizer" in TASKS[name].__dataclass_fields__
+        and name != trained_on(arguments).get("task")
+    )
+
+
+def chosen_task(arguments: argparse.Namespace, model: BwrDncForCausalLM, tokenizer) -> Task:
+    """The task asked for, or the one that the model's folder names."""
+    described = trained_on(arguments)
     name = arguments.task or described.get("task")
     if name is None:
         raise ValueError(f"{arguments.model} does not say what it was trained on ({TASK_FILE}); choose a --task")
     known = dict(described["options"]) if name == described.get("task") else {}
     if "vocab_size" in TASKS[name].__dataclass_fields__:
         known.setdefault("vocab_size", model.config.vocab_size)
-    return task_from(name, arguments.option, known | {"length": max(arguments.lengths), "seed": arguments.seed})
+    known |= {"length": max(arguments.lengths), "seed": arguments.seed}
+    words = {"tokenizer": tokenizer} if asks_in_words(arguments) else {}
+    return task_from(name, arguments.option, known, **words)
 
 
-def task_from(name: str, options: list[str], known: dict) -> Task:
+def task_from(name: str, options: list[str], known: dict, **others) -> Task:
     """A task by its name, from options KEY=VALUE and `known` ones. Raises `ValueError` for those that do not fit it."""
-    return TASKS[name].from_settings(known | dict(map(key_and_value, options)))
+    return TASKS[name].from_settings(known | dict(map(key_and_value, options)), **others)
 
 
 if __name__ == "__main__":

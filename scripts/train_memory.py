@@ -100,7 +100,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave all but the compressors as the model, converted with an adapter, has it",
     )
     parser.add_argument(
-        "--stretch", type=int, default=1100, help="tokens of each text that the compressors are trained on (1100)"
+        "--stretch",
+        type=int,
+        default=1100,
+        help="tokens of the stretch, from a random text and place, that a step of the compressors reads (1100)",
     )
     parser.add_argument(
         "--stretch-memory",

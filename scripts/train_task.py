@@ -1,6 +1,6 @@
-"""Train models of 0.1 to 0.25 million parameters from scratch on a long-range task: the memory, full attention, window only, Mamba2 and
-gated DeltaNet, alike, or the memory without one of its parts; then measure them far beyond the training length. Minutes per
-model on one CPU core.
+"""Train models of 0.1 to 0.25 million parameters from scratch on a long-range task: the memory, full attention, window only, a window
+longer by all slots, Mamba2 and gated DeltaNet, alike, or the memory without one of its parts; then measure them far beyond the
+training length. Minutes per model on one CPU core.
 
 Examples:
   python -m scripts.train_task --output runs/recall
@@ -11,6 +11,7 @@ Examples:
 
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_bwr_dnc.blocks import read_blocks
@@ -101,6 +103,10 @@ def train_task(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--setting has {', '.join(unknown)}, which no model asked for has; name fields of its config"
         )
+    if arguments.pairs and not hasattr(task, "num_pairs"):
+        raise ValueError(f"--pairs was given, but the task {task.name!r} has no pairs; use lookup or mqar")
+    by_lengths = {length: _unseen(task, length=length) for length in arguments.lengths}
+    with_pairs = {pairs: _unseen(task, length=2 * task.length, num_pairs=pairs) for pairs in arguments.pairs}
     output, trainings = Path(arguments.output), []
     by_length: list[dict] = []
     by_pairs: list[dict] = []
@@ -109,20 +115,22 @@ def train_task(arguments: argparse.Namespace) -> None:
             trained = dataclasses.replace(task, seed=seed)
             stages = Stages([Stage(trained, 1.0)], seed) if arguments.no_stages else staged(trained)
             config = small_config(kind, task, arguments.memory_slots, **settings)
-            learned = learn(
-                config,
-                stages,
-                arguments.steps,
-                seed,
-                arguments.tokens_per_batch,
-                arguments.learning_rate,
-                arguments.memory_learning_rate,
-                retention_noise=kind != "no_noise",
-                salience_cost=arguments.salience_cost,
-                salience_margin=arguments.salience_margin,
-                measure=lambda model: task_accuracy(model, _unseen(task), 8)["exact"],
-                warmup_steps=arguments.warmup_steps,
-            )
+            with tqdm(total=arguments.steps, unit="step", desc=f"{kind}, seed {seed}", delay=1) as progress:
+                learned = learn(
+                    config,
+                    stages,
+                    arguments.steps,
+                    seed,
+                    arguments.tokens_per_batch,
+                    arguments.learning_rate,
+                    arguments.memory_learning_rate,
+                    retention_noise=kind != "no_noise",
+                    salience_cost=arguments.salience_cost,
+                    salience_margin=arguments.salience_margin,
+                    measure=lambda model: task_accuracy(model, _unseen(task), 8)["exact"],
+                    warmup_steps=arguments.warmup_steps,
+                    on_step=functools.partial(_show_step, progress, stages),
+                )
             model = learned.model
             training = {
                 "model": kind,
@@ -143,13 +151,12 @@ def train_task(arguments: argparse.Namespace) -> None:
             with complete_folder(folder) as staged_folder:
                 model.save_pretrained(staged_folder)
                 write_text(staged_folder / TASK_FILE, json.dumps(described, indent=1) + "\n")
-            for length in arguments.lengths:
+            for length, unseen in by_lengths.items():
                 if kind != "full" or length <= arguments.full_limit:
-                    accuracy = task_accuracy(model, _unseen(task, length=length), arguments.rows)
+                    accuracy = task_accuracy(model, unseen, arguments.rows)
                     by_length.append({"policy": kind, "seed": seed, "length": length, **accuracy})
                     print(f"  {length:,} tokens: {accuracy['exact']:.3f}", flush=True)
-            for pairs in arguments.pairs:
-                unseen = _unseen(task, length=2 * task.length, num_pairs=pairs)
+            for pairs, unseen in with_pairs.items():
                 accuracy = task_accuracy(model, unseen, arguments.rows)
                 by_pairs.append({"policy": kind, "seed": seed, "length": unseen.length, "pairs": pairs, **accuracy})
                 print(f"  {pairs} pairs in {unseen.length:,} tokens: {accuracy['exact']:.3f}", flush=True)
@@ -158,6 +165,14 @@ def train_task(arguments: argparse.Namespace) -> None:
             write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
     for path in write_report(results, output):
         print(f"wrote {path}")
+
+
+def _show_step(progress: tqdm, stages: Stages) -> None:
+    shown = {"stage": f"{stages.hardest + 1} of {len(stages.stages)}"}
+    if stages.accuracy is not None:
+        shown["right"] = f"{stages.accuracy:.2f}"
+    progress.set_postfix(shown, refresh=False)
+    progress.update()
 
 
 def _results(arguments, task: Task, by_length: list[dict], by_pairs: list[dict], trainings: list[dict]) -> dict:

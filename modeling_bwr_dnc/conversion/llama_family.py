@@ -6,6 +6,8 @@ by name, and then *measures* that nothing changed: up to `config.lossless_length
 logits of its source's full attention.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -235,19 +237,13 @@ def prove_equality(
         if ids.shape[1] > 0:
             rows["text"] = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
 
-    dtypes = source.dtype, model.dtype
     for dtype in (torch.float32, torch.float64):
-        _cast_weights(source, dtype)
-        _cast_weights(model, dtype)
-        differences, sizes = zip(*(_compare(source, model, ids) for ids in rows.values()))
+        with _weights_cast(source, dtype), _weights_cast(model, dtype):
+            differences, sizes = zip(*(_compare(source, model, ids) for ids in rows.values()))
         proof = EqualityProof(max(differences), max(sizes), length, tuple(rows), str(dtype).removeprefix("torch."))
         if proof.max_difference <= TOLERANCE[dtype]:
-            break
-    else:
-        raise ValueError(f"the converted model does not equal its source: {proof}")
-    _cast_weights(source, dtypes[0])
-    _cast_weights(model, dtypes[1])
-    return proof
+            return proof
+    raise ValueError(f"the converted model does not equal its source: {proof}")
 
 
 @torch.no_grad()
@@ -274,7 +270,14 @@ def _compare(source: PreTrainedModel, model: BwrDncForCausalLM, ids: torch.Tenso
     return difference, size
 
 
-def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Change the type of the parameters alone: `model.to` would also round the rotary frequencies."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+@contextmanager
+def _weights_cast(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """With parameters of another type, which alone change: `model.to` would also round the rotary frequencies."""
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        for parameter, data in before:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data

@@ -37,6 +37,12 @@ def _body(source, record, is_chat: bool) -> str:
         if record.memory_adapter
         else "The memory parameters are neutral: nothing has been trained, measured attention alone ranks what stays."
     )
+    banks = [layer_type == "state_bank_attention" for layer_type in record.layer_types]
+    which = "" if all(banks) else f", in {sum(banks)} of {len(banks)} layers,"
+    levels = [(raw, "raw"), (twofold, "twofold"), (fourfold, "fourfold compressed")]
+    held = " and ".join(f"{count} {level}" for count, level in levels if count) or "no"
+    lossless = record.lossless_length if record.proof is None else min(record.lossless_length, record.proof.length)
+    beyond = "the model forgets and compresses" if twofold else "the model forgets"
     prompt = (
         '[{"role": "user", "content": "What is the capital of France?"}]' if is_chat else '"The capital of France is"'
     )
@@ -44,10 +50,10 @@ def _body(source, record, is_chat: bool) -> str:
     return f"""# {source.name}, converted to BWR-DNC
 
 The weights of `{source.name}` in a decoder whose past is bounded: every layer sees {record.num_sink_tokens} sink tokens, an exact
-window of {record.segment_length} to {2 * record.segment_length} tokens, and a StateBank of {raw} raw, {twofold} twofold and {fourfold} fourfold compressed slots{by_layer}. Memory per
+window of {record.segment_length} to {2 * record.segment_length} tokens, and{which} a StateBank of {held} slots{by_layer}. Memory per
 sequence and time per token do not grow with the length read.
 
-Up to {record.lossless_length:,} tokens the model equals its source's full attention. {proof} {adapter}
+Up to {lossless:,} tokens the model equals its source's full attention. {proof} {adapter}
 
 ## Usage
 
@@ -65,7 +71,7 @@ The memory budget is a run-time setting: pass `segment_length=`, `memory_slots=[
 
 ## Limits
 
-* Past {record.lossless_length:,} tokens the model forgets and compresses. Exact recall needs a raw slot: what is in no slot is gone.
+* Past {record.lossless_length:,} tokens {beyond}. Exact recall needs a raw slot: what is in no slot is gone.
 * It knows and errs as its source does; licence and intended use are the source's.
 * The code in this folder runs on your machine (`trust_remote_code=True`); read it first.
 {notices}

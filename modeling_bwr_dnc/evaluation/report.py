@@ -1,5 +1,6 @@
 """What was measured, as JSON, as Markdown tables and as pictures. Only the drawing functions need matplotlib."""
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ GRID_COLORS = ("#c8455a", "#f4e3c1", "#1f6f8b")
 
 def write_report(results: dict, folder: str | Path) -> list[Path]:
     """
-    Write `results.json`, `results.md`, and a picture per measurement into a folder; returns the files.
+    Write `results.json`, `results.md`, and, where matplotlib is installed, a picture per measurement into a folder; returns the files.
 
     Args:
         results: `title`, `facts` (a mapping of what a reader must know, such as the command), and `measurements`: a mapping of
@@ -33,10 +34,12 @@ def write_report(results: dict, folder: str | Path) -> list[Path]:
     write_text(written[0], json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     parts = [f"# {results['title']}", "\n".join(f"* {name}: {value}" for name, value in results["facts"].items())]
     for name, records in results["measurements"].items():
-        picture = folder / f"{name}.png"
-        draw(records, picture, name.replace("_", " "))
-        written.append(picture)
-        parts.append(f"## {name.replace('_', ' ').capitalize()}\n\n{table(records)}\n\n![{name}]({picture.name})")
+        parts.append(f"## {name.replace('_', ' ').capitalize()}\n\n{table(records)}")
+        if importlib.util.find_spec("matplotlib") is not None:
+            picture = folder / f"{name}.png"
+            draw(records, picture, name.replace("_", " "))
+            written.append(picture)
+            parts.append(f"![{name}]({picture.name})")
     write_text(written[1], "\n\n".join(parts) + "\n")
     return written
 
@@ -46,7 +49,7 @@ def table(records: Sequence[dict]) -> str:
     if "state_bytes" in records[0]:
         return _table_of_budgets(records)
     across = list(dict.fromkeys(record["policy"] for record in records))
-    down = [name for name in ("slots", "pairs", "length", "depth", "start", "stop") if name in records[0]]
+    down = [name for name in ("slots", "pairs", "length", "depth", "kind", "start", "stop") if name in records[0]]
     value = "perplexity" if "perplexity" in records[0] else "exact"
     cells = {tuple(record[name] for name in down) + (record["policy"],): record[value] for record in records}
     points = list(dict.fromkeys(tuple(record[name] for name in down) for record in records))
@@ -54,7 +57,7 @@ def table(records: Sequence[dict]) -> str:
     for point in points:
         values = [cells.get((*point, policy)) for policy in across]
         shown = ["–" if number is None else f"{number:.3f}" for number in values]
-        lines.append(f"| {' | '.join([*(f'{number:,}' for number in point), *shown])} |")
+        lines.append(f"| {' | '.join([*map(named, point), *shown])} |")
     unit = "Perplexity by position." if value == "perplexity" else "Share of answers exactly right."
     return f"{unit}\n\n" + "\n".join(lines)
 
@@ -77,7 +80,7 @@ def draw(records: Sequence[dict], path: str | Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     policies = list(dict.fromkeys(record["policy"] for record in records))
-    axes_of_maps = {"depth": ("length", "depth"), "slots": ("pairs", "slots")}
+    axes_of_maps = {"depth": ("length", "depth"), "kind": ("length", "kind"), "slots": ("pairs", "slots")}
     kind = next((name for name in axes_of_maps if name in records[0]), None)
     if "state_bytes" in records[0]:
         figure = Figure(figsize=(11, 4.6), dpi=150, facecolor=PAPER, layout="constrained")
@@ -95,6 +98,10 @@ def draw(records: Sequence[dict], path: str | Path, title: str) -> None:
 def color_of(policy: str, policies: Sequence[str]) -> str:
     others = [name for name in policies if name not in POLICY_COLORS]
     return POLICY_COLORS.get(policy) or MORE_COLORS[others.index(policy) % len(MORE_COLORS)]
+
+
+def named(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def shown(policy: str) -> str:
@@ -154,7 +161,8 @@ def _draw_maps(figure, records: Sequence[dict], policies: Sequence[str], across:
 
     colors = LinearSegmentedColormap.from_list("grid", GRID_COLORS)
     columns = sorted({record[across] for record in records})
-    rows = sorted({record[down] for record in records}, reverse=down == "slots")
+    rows = list(dict.fromkeys(record[down] for record in records))
+    rows = rows if down == "kind" else sorted(rows, reverse=down == "slots")
     for axes, policy in zip(figure.subplots(1, len(policies), squeeze=False)[0], policies):
         grid = [[float("nan")] * len(columns) for _ in rows]
         for record in records:
@@ -166,8 +174,8 @@ def _draw_maps(figure, records: Sequence[dict], policies: Sequence[str], across:
                 if value == value:
                     ink = INK if 0.2 < value < 0.8 else PAPER
                     axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
-        axes.set_xticks(range(len(columns)), [f"{value:,}" for value in columns], fontsize=7)
-        axes.set_yticks(range(len(rows)), [f"{value:,}" for value in rows], fontsize=7)
+        axes.set_xticks(range(len(columns)), map(named, columns), fontsize=7)
+        axes.set_yticks(range(len(rows)), map(named, rows), fontsize=7)
         axes.set_xlabel(across, color=INK, fontsize=9)
         axes.set_title(shown(policy), color=INK, fontsize=10)
         if axes.get_subplotspec().is_first_col():

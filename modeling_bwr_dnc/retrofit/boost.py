@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks import read_blocks
+from ..settings import settings_changed
 from ..state_bank import StateBankCache
 from .facts import Fact
 from .freezing import only_trained
@@ -63,18 +64,20 @@ def fit_attention_boost(
         num_facts: facts hidden in a stretch, about.
         num_questions, num_prose: facts that are asked for, and tokens that are read on, in each step.
         learning_rate: of Adam; it sinks to nothing in the second half.
-        start: all boosts at the beginning.
+        start: all boosts at the beginning, above 0.
         on_read: called after every block of reading with the number of tokens it held.
         on_step: called with the number of the step, the loss of its answers and of its prose, in nats per token.
 
     Raises:
-        ValueError: if the model has no slots, or a text is shorter than the least of `lengths` and `num_prose` ask for.
+        ValueError: if the model has no slots, `start` is not above 0, or a text is shorter than the least of `lengths` and `num_prose` ask for.
     """
     config = model.config
     if not config.use_memory or not any(config.memory_slots):
         raise ValueError(
             "the model reads no slots, so none can gain attention; give it some (`memory_slots`, `use_memory`)"
         )
+    if not start > 0:
+        raise ValueError(f"start is {start}, but must be above 0, below which no boost can go")
     shortest, longest = (round(times * config.max_keys) for times in lengths)
     available = min(map(len, texts)) - num_prose
     if available < shortest:
@@ -84,11 +87,11 @@ def fit_attention_boost(
         )
     sizes = stretch_lengths(num_stretches, [shortest, min(longest, available)])
     draw = random.Random(f"{seed} boost")
-    config.attention_boost = start
-    stretches = [
-        read_stretch(model, tokenizer, texts[number % len(texts)], size, num_facts, num_prose, draw, on_read)
-        for number, size in enumerate(sizes)
-    ]
+    with settings_changed(model, attention_boost=start):
+        stretches = [
+            read_stretch(model, tokenizer, texts[number % len(texts)], size, num_facts, num_prose, draw, on_read)
+            for number, size in enumerate(sizes)
+        ]
     raw = torch.full((config.num_hidden_layers,), start).expm1().log().requires_grad_()
     optimizer = torch.optim.Adam([raw], lr=learning_rate)
     try:

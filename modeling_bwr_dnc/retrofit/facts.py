@@ -224,12 +224,14 @@ class Fact:
     Attributes:
         stem: the sentence up to the answer, which an answer can begin with.
         answer: what follows the stem.
+        kind: which of several kinds it is, where they are counted apart.
     """
 
     sentence: str
     question: str
     stem: str
     answer: str
+    kind: str = ""
 
     @property
     def prompt(self) -> str:

@@ -58,7 +58,7 @@ class Curriculum:
 
     Args:
         segment_length: of the model, in tokens.
-        vocab_size: of the model; the tasks use all of it in the end.
+        vocab_size: ids of the tasks, at most those of the model; in the end a third of them is there for each kind of symbol of a task.
         phases: in order; the last goes on to ever longer rows, doubling up to `max_length`.
         symbols: shares of the symbols in use at the steps of a phase, ascending to 1.
         facts_per_token: facts in a row of one token; with 1/16, a row of 256 tokens holds 16 pairs.

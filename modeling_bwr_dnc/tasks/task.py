@@ -118,7 +118,7 @@ FIRST_SYMBOL = 8
 class SymbolTask(Task):
     """
     A task whose tokens are `vocab_size` ids without meaning: the marks `^ ? = _ ?? ???` (0 to 5; 6 and 7 stay unused), and
-    symbols from 8 on, shown as numbers, which `kinds` divides into equal parts.
+    symbols from 8 on, shown as a letter and a number, which `kinds` divides into equal parts.
 
     Args:
         symbols_per_kind: use only so many symbols of each kind; None: all. It changes no symbol's meaning.

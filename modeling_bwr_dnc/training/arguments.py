@@ -97,7 +97,7 @@ class BwrDncTrainingArguments(TrainingArguments):
             "spans are detached; set gradient_spans to 0 or leave span_length out": bool(
                 self.span_length and self.gradient_spans
             ),
-            f"there are {self.world_size} processes; use one, or fully sharded training": self.world_size > 1,
+            f"there are {self.world_size} processes; use one": self.world_size > 1,
             "fp16 needs a gradient scaler; use bf16": self.fp16,
         }
         found = [text for text, is_problem in problems.items() if is_problem]

@@ -35,8 +35,9 @@ from .stages import Stages, StagesCallback
 from .trainer import BwrDncTrainer
 
 # What is trained alike and compared: the memory; with the same parameters full attention (slots that hold everything, positions as
-# ranks), and sinks and window only; and two recurrent models (Dao and Gu, 2024; Yang et al., 2024).
-MODEL_KINDS = ("memory", "full", "window", "mamba2", "gated_deltanet")
+# ranks), sinks and window only, and sinks and a window longer by all slots; and two recurrent models (Dao and Gu, 2024; Yang et al.,
+# 2024).
+MODEL_KINDS = ("memory", "full", "window", "equal_slot_window", "mamba2", "gated_deltanet")
 # The memory less one of its parts each, or in the case of usage with one more; without noise is a matter of the training.
 ABLATIONS: dict[str, dict] = {
     "no_salience": {"use_salience": False, "usage_weight": 1.0},
@@ -53,8 +54,8 @@ def small_config(kind: str, task: Task, memory_slots: Sequence[int] = (32, 16, 8
     A model of 0.1 million parameters: two layers with a short convolution, or three of Mamba2; or of 0.25, two of gated DeltaNet.
 
     Args:
-        kind: one of `MODEL_KINDS`, of which the first three have the same parameters, or of `ABLATIONS`.
-        memory_slots: raw, 2x, 4x, of the kind `memory`.
+        kind: one of `MODEL_KINDS`, of which the first four have the same parameters, or of `ABLATIONS`.
+        memory_slots: raw, 2x, 4x, of the kind `memory`; as many in all, raw, of the kind `equal_slot_window`.
         settings: other fields of the config.
     """
     kinds = (*MODEL_KINDS, *ABLATIONS)
@@ -85,9 +86,11 @@ def small_config(kind: str, task: Task, memory_slots: Sequence[int] = (32, 16, 8
         return Qwen3NextConfig(**shared | attention | heads | layers | settings)
     longest = 1 << 20
     memory = {"memory_slots": list(memory_slots), "memory_position": "constant"}
+    recent = {"memory_slots": [sum(memory_slots), 0, 0], "memory_position": "rank"}
     by_kind: dict[str, dict] = {
         "full": {"memory_slots": [longest // 2, 0, 0], "memory_position": "rank", "max_position_embeddings": longest},
         "window": memory | {"use_memory": False},
+        "equal_slot_window": recent | {"retention_score": "recency", "use_salience": False},
         "no_compression": memory | {"memory_slots": [sum(memory_slots), 0, 0]},
     }
     by_kind |= {name: memory | changes for name, changes in ABLATIONS.items() if name not in by_kind}
@@ -120,6 +123,7 @@ def learn(
     stop_at: float | None = None,
     adapt_every: int | None = 50,
     warmup_steps: int = 50,
+    on_step: Callable[[], object] | None = None,
 ) -> Learned:
     """
     Train a new model on the stages of a task, or on the tasks of a curriculum.
@@ -133,6 +137,7 @@ def learn(
         measure: accuracy of the model; called every `measure_every` steps.
         stop_at: end the training when `measure` has reached this.
         warmup_steps: in which the learning rates rise; a quarter of all steps at most.
+        on_step: called after every step.
     """
     # Small activations decay into denormal numbers, which CPUs compute with many times slower.
     torch.set_flush_denormal(True)
@@ -143,7 +148,7 @@ def learn(
     options = {"sources": [source], "num_steps": num_steps, "tokens_per_batch": tokens_per_batch}
     rows = IterableDataset.from_generator(_batches, gen_kwargs=options)
     is_ours = config.model_type == BwrDncConfig.model_type
-    watch = _Watch(measure, measure_every, stop_at)
+    watch = _Watch(measure, measure_every, stop_at, on_step)
     with tempfile.TemporaryDirectory() as folder:
         arguments = BwrDncTrainingArguments(
             output_dir=folder,
@@ -223,8 +228,8 @@ class _WeightedTrainer(Trainer):
 class _Watch(TrainerCallback):
     """Measures now and then, and keeps the time, less that of measuring."""
 
-    def __init__(self, measure, every: int, stop_at: float | None):
-        self.measure, self.every, self.stop_at = measure, every, stop_at
+    def __init__(self, measure, every: int, stop_at: float | None, on_step):
+        self.measure, self.every, self.stop_at, self.told = measure, every, stop_at, on_step
         self.curve: list[dict] = []
         self.begin = self.measuring = 0.0
 
@@ -235,6 +240,8 @@ class _Watch(TrainerCallback):
         self.begin = time.process_time()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.told is not None:
+            self.told()
         if self.measure is None or state.global_step % self.every:
             return
         seconds, start = self.elapsed(), time.process_time()

@@ -39,7 +39,7 @@ from .spans import read_in_spans
 SIZES = ("small", "large")
 PARTS = ("weights", "gradients", "optimizer", "activations", "bank", "allocator", "libraries")
 # What the C library and the kernels hold beside live tensors (gaps between blocks, scratch), as a share of the tensors: it is not
-# simulated. Without it, plans were 1% to 12% below measured peaks (model_cards/results/training_memory_cpu_202611.md).
+# simulated. Without it, plans were 1% to 14% below measured peaks (model_cards/results/training_memory_cpu_202611.md).
 ALLOCATOR_SHARE = 0.08
 PRECISIONS = ("float32", "bf16-autocast", "bfloat16")
 # Bytes of optimizer state per element, in 32 bits, and whether matrices are kept in 8 bits (with a scale per 256 elements).
@@ -558,17 +558,21 @@ def measure_memory(setting: TrainingSetting, num_steps: int = 2) -> dict[str, fl
     """
     Take real steps with `BwrDncTrainer` in a process of its own.
 
-    Returns `peak` (bytes of resident memory), `seconds` per step after the first, and `loss` of the last step.
+    Returns `peak` (bytes of resident memory), `seconds` per step, the set-up of the trainer included, and `loss` of the last step.
 
     Raises:
-        RuntimeError: if that process fails, such as for want of memory.
+        ValueError: if that process fails, such as for want of memory.
     """
     command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(asdict(setting)), str(num_steps)]
     root = Path(__file__).parent.parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     if done.returncode != 0:
-        raise RuntimeError(
-            f"the measured process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
+        said = done.stderr.strip().splitlines()[-1:] or [
+            "nothing was said, as where the system ends it for want of memory"
+        ]
+        raise ValueError(
+            f"the process that takes steps of {setting.sequence_length} tokens ended with {done.returncode} ({said[0]}); ask for shorter "
+            "sequences, or for a machine with more memory"
         )
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -65,6 +65,7 @@ class Stages:
     stages: Sequence[Stage]
     seed: int = 0
     hardest: int = field(default=0, init=False)
+    accuracy: float | None = field(default=None, init=False)  # the one reported last
 
     def __post_init__(self):
         ends = [stage.until for stage in self.stages]
@@ -74,6 +75,7 @@ class Stages:
 
     def report(self, accuracy: float) -> None:
         """Tell the measured accuracy at the hardest open stage, which may end it."""
+        self.accuracy = accuracy
         learned_at = self.stages[self.hardest].learned_at
         if learned_at is not None and accuracy >= learned_at:
             self.hardest = min(self.hardest + 1, len(self.stages) - 1)

@@ -55,6 +55,11 @@ def test_a_damaged_folder_is_refused(folder, damage, words):
         read_model(folder)
 
 
+def test_more_layers_than_there_are_kinds_of_are_refused(folder):
+    with pytest.raises(ValueError, match="layer_types"):
+        BwrDncForCausalLM.config_class.from_pretrained(folder, num_hidden_layers=5)
+
+
 def test_settings_may_add_parts_to_a_saved_model(folder):
     ids = torch.arange(20)[None]
     added = read_model(folder, short_conv_kernel=3).eval()

@@ -323,3 +323,25 @@ def test_columns_are_taken_back_exactly_over_three_segments_with_any_padding(cal
             assert row.unfed(count).seen == seen
         else:
             assert row.unfed(count).seen <= seen
+
+
+def test_a_refused_generation_leaves_the_memory_as_it_was():
+    model, ids = small_model(), torch.arange(2, 22)[None]
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    before = cache.clone()
+    with pytest.raises(ValueError, match="at least one new token"):
+        model.generate(ids.repeat(3, 1), past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="as many"):
+        model.generate(ids.repeat(3, 1), past_key_values=StateBankCache.stack([cache, cache]), max_new_tokens=2)
+    assert len(cache.rows) == 1
+    for state, old in zip(cache.states, before.states, strict=True):
+        assert all(torch.equal(tensor, old.tensors()[name]) for name, tensor in state.tensors().items())
+    more = torch.cat((ids.repeat(3, 1), torch.tensor([[3], [4], [5]])), dim=1)
+    assert model.generate(more, past_key_values=cache, max_new_tokens=2).shape == (3, 23) and len(cache.rows) == 3
+
+
+def test_caches_on_several_devices_are_not_stacked():
+    model = small_model()
+    with pytest.raises(ValueError, match="move one with `to`"):
+        StateBankCache.stack([read(model), read(model).to("meta")])

@@ -18,6 +18,7 @@ from scripts.command_line import check_least, check_output, run
         (lambda: (_ for _ in ()).throw(KeyboardInterrupt()), 130, "interrupted"),
         (lambda: (_ for _ in ()).throw(SafetensorError("file too large")), 2, "file too large"),
         (lambda: (_ for _ in ()).throw(StrictDataclassError("a field:\n  of the wrong type")), 2, "a field: of the"),
+        (lambda: (_ for _ in ()).throw(ModuleNotFoundError(name="seaborn")), 2, "pip install seaborn"),
         (lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")), 2, "No space left"),
     ],
 )

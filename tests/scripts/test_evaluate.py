@@ -4,6 +4,7 @@ import json
 
 from modeling_bwr_dnc.evaluation.policies import CONTROLS
 from scripts import evaluate
+from scripts.command_line import load_model
 
 
 def test_writes_numbers_tables_and_pictures(call, tiny_model, document, tmp_path):
@@ -25,9 +26,23 @@ def test_facts_asked_from_forks_of_one_reading(call, tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "facts", "--lengths", 700, "--rows", 2]
     code, _, errors = call(evaluate, *arguments, "--policies", "memory", "window")
     assert code == 0, errors
-    records = json.loads((tmp_path / "results.json").read_text())["measurements"]["facts"]
-    assert {record["policy"] for record in records} == {"memory", "window"}
-    assert all(record["answers"] == 2 and 0 <= record["exact"] <= 1 for record in records)
+    measured = json.loads((tmp_path / "results.json").read_text())["measurements"]
+    for records in measured["facts"], measured["facts_by_kind"]:
+        assert {record["policy"] for record in records} == {"memory", "window"}
+        assert all(record["answers"] == 2 and 0 <= record["exact"] <= 1 for record in records)
+    assert "| 700 | passkey |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_task_in_words_is_asked_by_the_tokenizer_of_the_model(tiny_model, tmp_path):
+    model, tokenizer = load_model(str(tiny_model))
+    options = ["--model", str(tiny_model), "--output", str(tmp_path), "--measures", "accuracy", "--lengths", "300"]
+    arguments = evaluate.build_parser().parse_args([*options, "--task", "needle_text"])
+    task = evaluate.chosen_task(arguments, model, tokenizer)
+    assert "Question:" in tokenizer.decode(task.row(0)["input_ids"])
+    # A model that learned the task as bytes is asked in bytes.
+    arguments.model = str(tmp_path)
+    (tmp_path / evaluate.TASK_FILE).write_text(json.dumps({"task": "needle_text", "options": {}}))
+    assert evaluate.chosen_task(arguments, model, tokenizer).tokenizer is None
 
 
 def test_a_new_process_answers_as_this_one_does(call, tiny_model, tmp_path):

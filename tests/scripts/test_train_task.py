@@ -39,4 +39,8 @@ def test_bad_input_is_refused(assert_refused, tmp_path):
     assert_refused("'many'", train_task, "--output", tmp_path, "--setting", "segment_length=many")
     assert_refused("be at least 200, the ids", train_task, "--output", tmp_path, "--setting", "vocab_size=10")
     assert_refused("say --memory-slots", train_task, "--output", tmp_path, "--setting", "memory_slots=[16,0,0]")
+    recall = ["--output", tmp_path / "new", "--task", "recall", "--models", "window", "--pairs", 4]
+    assert_refused("has no pairs", train_task, *recall)
+    assert_refused("`length` is 3", train_task, *recall[:-2], "--lengths", 3)
+    assert not (tmp_path / "new").exists()
     assert_refused("must be KEY=VALUE", train_task, "--output", tmp_path, *QUICK, "--setting", "hidden_size")

@@ -56,8 +56,13 @@ def test_proof_fails_for_a_model_that_differs():
     model = transfer_weights(copy.deepcopy(source), converted_config(source.config, **BUDGET))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] += 0.5
+    # What float32 cannot hold.
+    source.double().model.embed_tokens.weight.data += 1e-12
+    before = [parameter.data.clone() for parameter in (*source.parameters(), *model.parameters())]
     with pytest.raises(ValueError, match="does not equal its source"):
         prove_equality(source, model)
+    after = [parameter.data for parameter in (*source.parameters(), *model.parameters())]
+    assert all(torch.equal(old, new) and old.dtype == new.dtype for old, new in zip(before, after, strict=True))
 
 
 def test_proof_covers_half_precision_weights_and_leaves_them_so():

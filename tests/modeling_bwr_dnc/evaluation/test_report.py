@@ -15,6 +15,7 @@ LOSS = [{"policy": "memory", "start": 0, "stop": 256, "loss": 3.0, "perplexity":
 GRID = [{"policy": "memory", "slots": s, "pairs": p, "exact": s / (s + p)} for s in (8, 16) for p in (4, 8)]
 PAIRS = [{"policy": "full", "length": 512, "pairs": pairs, "exact": 8 / pairs} for pairs in (8, 16, 32)]
 DEPTHS = [{"policy": "memory", "length": 1024, "depth": depth, "exact": depth} for depth in (0.0, 0.5, 1.0)]
+KINDS = [{"policy": "memory", "length": 1024, "kind": kind, "exact": 0.5} for kind in ("name", "code")]
 
 BUDGETS = [
     {"policy": policy, "slots": slots, "state_bytes": slots * 1000, "exact": 0.5, "token": 0.75, "answers": 8}
@@ -32,6 +33,7 @@ def test_table_puts_policies_side_by_side():
         "| 4,096 | 0.987 | 0.016 | – |",
     ]
     assert table(BUDGETS).splitlines()[-1] == "| score:attention | 768 | 0.8 | 0.500 | 0.750 | 20.085 |"
+    assert table(KINDS).splitlines()[-2:] == ["| 1,024 | name | 0.500 |", "| 1,024 | code | 0.500 |"]
     assert "| 0 | 256 | 20.085 |" in table(LOSS) or "| 0 | 256 | 20.086 |" in table(LOSS)
 
 
@@ -52,7 +54,14 @@ def test_report_is_complete(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("records", [LENGTHS, GRID, DEPTHS, PAIRS, BUDGETS])
+def test_without_matplotlib_there_are_numbers_and_no_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    files = write_report({"title": "A model", "facts": {}, "measurements": {"passkey": DEPTHS}}, tmp_path)
+    assert [path.name for path in files] == ["results.json", "results.md"]
+    assert "| 1,024 | 0.5 | 0.500 |" in files[1].read_text() and "png" not in files[1].read_text()
+
+
+@pytest.mark.parametrize("records", [LENGTHS, GRID, DEPTHS, KINDS, PAIRS, BUDGETS])
 def test_pictures_show_the_numbers(records, tmp_path):
     """Another number, another picture."""
     from modeling_bwr_dnc.evaluation.report import draw

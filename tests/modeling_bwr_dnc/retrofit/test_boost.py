@@ -82,9 +82,17 @@ def test_texts_that_are_not_so_long_are_read_as_far_as_they_reach(model, tokeniz
     assert shortest + 360 < sum(reads) < 2 * 360 + shortest + 3 * 12 * 40
 
 
+def _interrupt(num_tokens):
+    raise KeyboardInterrupt
+
+
 def test_short_texts_are_refused(model, tokenizer, manual):
     with pytest.raises(ValueError, match="give longer texts"):
         fit_attention_boost(model, tokenizer, [manual[:100]])
+    with pytest.raises(ValueError, match="must be above 0"):
+        fit_attention_boost(model, tokenizer, [manual], start=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        fit_attention_boost(model, tokenizer, [manual], on_read=_interrupt)
     assert model.config.attention_boost == [0.5, 1.5]
 
 

@@ -10,7 +10,7 @@ from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.blocks import read_blocks
 from modeling_bwr_dnc.conversion.memory_adapter import load_memory_adapter, save_memory_adapter
 from modeling_bwr_dnc.evaluation.measuring import token_losses
-from modeling_bwr_dnc.evaluation.recall import measure_recall, memory_of, recalled, text_to_recall
+from modeling_bwr_dnc.evaluation.recall import KINDS, measure_recall, memory_of, recalled, text_to_recall
 from modeling_bwr_dnc.retrofit import fit_salience
 from modeling_bwr_dnc.retrofit.salience import (
     TEXT_WEIGHT,
@@ -257,8 +257,11 @@ def test_pinned_facts_are_held_whole(model, tokenizer, manual):
 
     assert all(wanted <= positions for positions in held(is_fact))
     assert not any(wanted <= positions for positions in held(None))
-    (record,) = {r["policy"] for r in measure_recall(model, tokenizer, manual, ["pinned"], [1500], 1)}
-    assert record == "pinned"
+    by_depth, by_kind = measure_recall(model, tokenizer, manual, ["pinned"], [1500], 2)
+    assert {record["policy"] for record in by_depth + by_kind} == {"pinned"}
+    assert [record["kind"] for record in by_kind] == list(KINDS)
+    right = [sum(record["exact"] * record["answers"] for record in records) for records in (by_depth, by_kind)]
+    assert right[0] == right[1] and all(record["answers"] == 2 for record in by_depth + by_kind)
 
 
 def test_nothing_to_learn_from_is_refused(model, tokenizer):

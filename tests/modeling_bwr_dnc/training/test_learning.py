@@ -21,13 +21,32 @@ TASK = Lookup(length=64, vocab_size=44, num_pairs=4, num_queries=2)
 
 
 def test_kinds_have_the_same_parameters():
-    models = [BwrDncForCausalLM(small_config(kind, Lookup())) for kind in MODEL_KINDS[:3]]
+    models = [BwrDncForCausalLM(small_config(kind, Lookup())) for kind in MODEL_KINDS[:4]]
     shapes = [{name: parameter.shape for name, parameter in model.named_parameters()} for model in models]
-    assert shapes[0] == shapes[1] == shapes[2] and 1e5 < models[0].num_parameters() < 5e5
+    assert shapes == shapes[:1] * 4 and 1e5 < models[0].num_parameters() < 5e5
     assert models[1].config.lossless_length > 500_000
     assert not models[2].config.use_memory
+    assert sum(models[3].config.memory_slots) == sum(models[0].config.memory_slots)
     with pytest.raises(ValueError, match="`kind` is 'infinite'"):
         small_config("infinite", TASK)
+
+
+def test_an_equal_slot_window_sees_the_most_recent_tokens():
+    torch.manual_seed(0)
+    model = BwrDncForCausalLM(small_config("equal_slot_window", TASK, num_hidden_layers=1)).eval()
+    for memory in (layer.self_attn.memory for layer in model.model.layers):
+        torch.nn.init.normal_(memory.salience.weight)
+    row = torch.randint(model.config.vocab_size, (1, 192))
+    # Before the window of 32 tokens 56 slots; a token is also seen by the two after it, through the convolution.
+    first = 192 - 32 - 56
+    with torch.no_grad():
+        before = model(row).logits[:, -1]
+        changed = [
+            model(torch.cat((row[:, :i], 1 - row[:, i : i + 1].clamp(max=1), row[:, i + 1 :]), dim=1))
+            for i in (first - 3, first)
+        ]
+    assert torch.equal(changed[0].logits[:, -1], before)
+    assert not torch.allclose(changed[1].logits[:, -1], before)
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "gated_deltanet"])
