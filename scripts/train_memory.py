@@ -9,7 +9,8 @@ per layer, how much more attention a salient slot gets, is fitted with gradients
 With --repeats a second head, in the same way, for what a text will say again: it lifts such tokens above others, but never above a
 salience of 0, where facts begin.
 
-Compressors go on from those that the model has. With --compressors-only nothing else is taught: so a training can be continued.
+After each of these the adapter is written, as far as it is taught. Compressors go on from those that the model has. With
+--compressors-only nothing else is taught: so a training can be continued.
 
 Examples:
   python -m scripts.train_memory --model DIR --output memory.safetensors       (DIR: converted without an adapter)
@@ -176,8 +177,11 @@ def train_memory(arguments: argparse.Namespace) -> None:
     begin = time.monotonic()
     if not arguments.compressors_only:
         teach_salience(model, tokenizer, tokens, arguments)
+        # What has been learned so far outlives an interruption of what follows.
+        save_memory_adapter(model, arguments.output)
     if arguments.boost_steps and not arguments.compressors_only:
         teach_boosts(model, tokenizer, tokens, arguments)
+        save_memory_adapter(model, arguments.output)
     if arguments.compressor_steps:
         teach_compressors(model, tokenizer, tokens, arguments)
     names = save_memory_adapter(model, arguments.output)

@@ -23,6 +23,21 @@ def test_an_adapter_goes_into_a_conversion(call, tiny_source, tiny_model, tmp_pa
         assert tensor.any() and tensor.equal(model.state_dict()[name])
 
 
+def test_what_was_taught_outlives_an_interruption(call, tiny_source, tiny_model, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_memory, "fit_compressor", interrupted)
+    adapter, options = tmp_path / "memory.safetensors", ("--tokens", 3000, "--boost-steps", 2, "--compressor-steps", 2)
+    code, _, _ = call(train_memory, "--model", tiny_model, "--output", adapter, *options)
+    assert code == 130 and all(".salience." in name for name in load_file(adapter))
+    code, _, errors = call(
+        convert, "--source", tiny_source, "--output", tmp_path / "model", "--memory-adapter", adapter
+    )
+    assert code == 0, errors
+    assert all(BwrDncForCausalLM.from_pretrained(tmp_path / "model").config.attention_boost)
+
+
 def test_compressors_go_on_alone(call, tiny_source, tiny_model, tmp_path):
     first, more = tmp_path / "first.safetensors", tmp_path / "more.safetensors"
     options = ("--tokens", 3000, "--repeats", 0.5, "--repeats-layers", 1, 1, "--boost-steps", 0)
