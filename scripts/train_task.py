@@ -6,6 +6,7 @@ Examples:
   python -m scripts.train_task --output runs/recall
   python -m scripts.train_task --output runs/recall --seeds 0 1 2 --lengths 256 1024 4096 16384
   python -m scripts.train_task --output runs/hops --task recall --option hops=2 num_chains=5 --models memory full
+  python -m scripts.train_task --output runs/hops3 --task recall --option hops=3 --models memory --start-from runs/hops
   python -m scripts.train_task --output runs/parts --models memory no_salience no_noise mean_compressor
 """
 
@@ -29,9 +30,9 @@ from modeling_bwr_dnc.evaluation.peers import cache_nbytes
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.staging import complete_folder, write_text
 from modeling_bwr_dnc.tasks import TASKS, Task
-from modeling_bwr_dnc.training.learning import ABLATIONS, MODEL_KINDS, learn, small_config
+from modeling_bwr_dnc.training.learning import ABLATIONS, MODEL_KINDS, grown, learn, small_config
 from modeling_bwr_dnc.training.stages import Stage, Stages, staged
-from scripts.command_line import check_least, check_output, key_and_value, run
+from scripts.command_line import check_least, check_output, key_and_value, load_bare_model, run
 from scripts.evaluate import TASK_FILE, task_from
 
 # Rows of the measurements; training uses small seeds.
@@ -77,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="fields of the model's config, such as usage_weight=1",
     )
     parser.add_argument(
+        "--start-from",
+        metavar="RUN",
+        help="output folder of an earlier run, from whose model of the same kind and seed each goes on; further layers add nothing yet",
+    )
+    parser.add_argument(
         "--no-stages", action="store_true", help="rows of full length from the start, instead of short ones first"
     )
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], help="to measure at")
@@ -107,6 +113,11 @@ def train_task(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--pairs was given, but the task {task.name!r} has no pairs; use lookup or mqar")
     by_lengths = {length: _unseen(task, length=length) for length in arguments.lengths}
     with_pairs = {pairs: _unseen(task, length=2 * task.length, num_pairs=pairs) for pairs in arguments.pairs}
+    starts = {(kind, seed): start_of(arguments, kind, seed) for kind in arguments.models for seed in arguments.seeds}
+    for kind, config in zip(arguments.models, configs, strict=True):
+        for seed in arguments.seeds:
+            if starts[kind, seed] is not None:
+                grown(config, starts[kind, seed])
     output, trainings = Path(arguments.output), []
     by_length: list[dict] = []
     by_pairs: list[dict] = []
@@ -129,6 +140,7 @@ def train_task(arguments: argparse.Namespace) -> None:
                     salience_margin=arguments.salience_margin,
                     measure=lambda model: task_accuracy(model, _unseen(task), 8)["exact"],
                     warmup_steps=arguments.warmup_steps,
+                    start=starts[kind, seed],
                     on_step=functools.partial(_show_step, progress, stages),
                 )
             model = learned.model
@@ -165,6 +177,15 @@ def train_task(arguments: argparse.Namespace) -> None:
             write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
     for path in write_report(results, output):
         print(f"wrote {path}")
+
+
+def start_of(arguments: argparse.Namespace, kind: str, seed: int) -> PreTrainedModel | None:
+    """The model that this one goes on from, if any. Raises `ValueError` if it is not there."""
+    return (
+        None
+        if arguments.start_from is None
+        else load_bare_model(str(Path(arguments.start_from) / f"{kind}-{seed}"), "cpu")
+    )
 
 
 def _show_step(progress: tqdm, stages: Stages) -> None:

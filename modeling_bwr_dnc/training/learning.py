@@ -98,6 +98,34 @@ def small_config(kind: str, task: Task, memory_slots: Sequence[int] = (32, 16, 8
     return BwrDncConfig(**shared | attention | reader | by_kind.get(kind, memory) | settings)
 
 
+def grown(config: PreTrainedConfig, start: PreTrainedModel) -> PreTrainedModel:
+    """
+    A new BWR-DNC model of `config` that computes what `start` does: with its weights, and, where it has fewer layers, with further
+    ones that add nothing yet.
+
+    Raises:
+        ValueError: if the two differ in more than layers and run-time settings.
+    """
+    model = AutoModelForCausalLM.from_config(config)
+    weights, places = start.state_dict(), model.state_dict()
+    num_layers = start.config.num_hidden_layers
+    misfits = [name for name, tensor in weights.items() if name not in places or tensor.shape != places[name].shape]
+    further = [f"layers.{index}." for index in range(num_layers, config.num_hidden_layers)]
+    misfits += [name for name in places if name not in weights and not any(part in name for part in further)]
+    if config.model_type != BwrDncConfig.model_type or misfits:
+        raise ValueError(
+            f"a {config.model_type} model of these settings cannot go on from one that differs in {(misfits or ['its type'])[0]!r}; "
+            "give it the settings of that one, and layers at most as well"
+        )
+    model.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for layer in model.model.layers[num_layers:]:
+            for output in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                for parameter in output.parameters():
+                    parameter.zero_()
+    return model
+
+
 @dataclass
 class Learned:
     """A trained model, the seconds it took without measuring, and what was measured on the way: step, seconds, accuracy."""
@@ -123,10 +151,11 @@ def learn(
     stop_at: float | None = None,
     adapt_every: int | None = 50,
     warmup_steps: int = 50,
+    start: PreTrainedModel | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Learned:
     """
-    Train a new model on the stages of a task, or on the tasks of a curriculum.
+    Train a model on the stages of a task, or on the tasks of a curriculum.
 
     Args:
         adapt_every: steps after which the success at a curriculum, or at a stage that ends when it is learned, is measured, to move
@@ -137,13 +166,15 @@ def learn(
         measure: accuracy of the model; called every `measure_every` steps.
         stop_at: end the training when `measure` has reached this.
         warmup_steps: in which the learning rates rise; a quarter of all steps at most.
+        start: a model whose training goes on, see `grown`; None: a new one.
         on_step: called after every step.
     """
     # Small activations decay into denormal numbers, which CPUs compute with many times slower.
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    slow_gates(model)
+    model = AutoModelForCausalLM.from_config(config) if start is None else grown(config, start)
+    if start is None:
+        slow_gates(model)
     # A list is cut into shards: one that holds all.
     options = {"sources": [source], "num_steps": num_steps, "tokens_per_batch": tokens_per_batch}
     rows = IterableDataset.from_generator(_batches, gen_kwargs=options)

@@ -2,6 +2,8 @@
 
 import json
 
+import torch
+
 from modeling_bwr_dnc import BwrDncForCausalLM
 from scripts import evaluate, train_task
 
@@ -28,6 +30,23 @@ def test_trains_measures_and_leaves_models(call, tmp_path):
     code, _, errors = call(evaluate, *arguments, "--lengths", 64, "--rows", 1)
     assert code == 0, errors
     assert "lookup_by_length" in json.loads((tmp_path / "e" / "results.json").read_text())["measurements"]
+
+
+def test_a_run_goes_on_from_an_earlier_one(call, assert_refused, tmp_path):
+    sizes = ["--models", "memory", "--lengths", 64, "--setting", "hidden_size=16", "intermediate_size=16"]
+    code, _, errors = call(train_task, "--output", tmp_path / "first", *QUICK, *sizes)
+    assert code == 0, errors
+    onward = [*QUICK, *sizes, "num_hidden_layers=3", "--start-from", tmp_path / "first"]
+    code, _, errors = call(train_task, "--output", tmp_path / "second", *onward, "--learning-rate", 1e-9)
+    assert code == 0, errors
+    first, second = (BwrDncForCausalLM.from_pretrained(tmp_path / run / "memory-0") for run in ("first", "second"))
+    # At this rate nothing that was there has moved, and the third layer has begun at nothing.
+    assert torch.allclose(first.lm_head.weight, second.lm_head.weight, atol=1e-6)
+    assert second.model.layers[2].mlp.down_proj.weight.abs().max() < 1e-6
+    assert_refused("no model folder at", train_task, "--output", tmp_path / "third", *onward, "--seeds", 1)
+    wide = ["num_hidden_layers=3" if item == "hidden_size=16" else item for item in onward]
+    assert_refused("cannot go on", train_task, "--output", tmp_path / "third", *wide)
+    assert not (tmp_path / "third").exists()
 
 
 def test_bad_input_is_refused(assert_refused, tmp_path):

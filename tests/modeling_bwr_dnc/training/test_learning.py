@@ -14,7 +14,7 @@ from modeling_bwr_dnc.evaluation.measuring import task_accuracy
 from modeling_bwr_dnc.tasks import Copy, Lookup, Story
 from modeling_bwr_dnc.tasks.stories import IDS
 from modeling_bwr_dnc.token_loss import IGNORED
-from modeling_bwr_dnc.training.learning import ABLATIONS, MODEL_KINDS, learn, slow_gates, small_config
+from modeling_bwr_dnc.training.learning import ABLATIONS, MODEL_KINDS, grown, learn, slow_gates, small_config
 from modeling_bwr_dnc.training.stages import Stage, Stages, staged
 
 TASK = Lookup(length=64, vocab_size=44, num_pairs=4, num_queries=2)
@@ -107,6 +107,30 @@ def test_a_seed_gives_one_model_and_training_moves_the_memory():
     assert not torch.equal(weights(first.model), weights(other.model))
     salience = [p for name, p in first.model.named_parameters() if ".memory.salience" in name]
     assert all(bool(parameter.any()) for parameter in salience)
+
+
+def test_a_model_grows_without_changing_what_it_says():
+    small = learn(
+        small_config("memory", TASK, [4, 2, 2], hidden_size=32, intermediate_size=32, segment_length=8),
+        staged(TASK, 32),
+        num_steps=4,
+        tokens_per_batch=128,
+    ).model
+    config = small_config(
+        "memory", TASK, [8, 0, 0], hidden_size=32, intermediate_size=32, segment_length=8, num_hidden_layers=4
+    )
+    model, row = grown(config, small).eval(), torch.tensor([TASK.row(0)["input_ids"][:24]])
+    with torch.no_grad():
+        # All of it is still in the window: the slots, which differ, have no say.
+        assert torch.equal(model(row[:, :16]).logits, small(row[:, :16]).logits)
+    learned = learn(config, staged(TASK, 32), num_steps=2, tokens_per_batch=128, start=small)
+    assert learned.model.model.layers[3].self_attn.o_proj.weight.any()
+    with pytest.raises(ValueError, match="cannot go on"):
+        grown(small_config("memory", TASK, hidden_size=48, intermediate_size=32), small)
+    with pytest.raises(ValueError, match="cannot go on"):
+        grown(small_config("mamba2", TASK), small)
+    with pytest.raises(ValueError, match="layers.1"):
+        grown(small_config("memory", TASK, hidden_size=32, intermediate_size=32, num_hidden_layers=1), small)
 
 
 def test_measuring_on_the_way_and_stopping_early():
