@@ -136,7 +136,7 @@ class Call:
             return torch.stack([torch.full((), n, dtype=dtype, device=self.rotary.device) for n in numbers])
         key = (dtype, *numbers)
         if key not in self.numbers:
-            host = torch.tensor(numbers, dtype=dtype)
+            host = torch.tensor(numbers, dtype=dtype, device="cpu")
             host = host.pin_memory() if self.rotary.device.type == "cuda" else host
             self.numbers[key] = host.to(self.rotary.device, non_blocking=True)
         return self.numbers[key]

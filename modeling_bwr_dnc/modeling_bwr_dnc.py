@@ -317,8 +317,15 @@ class SinkWindowAttention(nn.Module):
             for sequences in call.sequences
             for row, count in zip(sequences.rows, sequences.counts, strict=True)
         )
-        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in projected)
         compressor, uses_routing = self._learned_parts(call)
+        needs_gradient = False
+        if torch.is_grad_enabled():
+            learned = () if compressor is None else compressor.parameters()
+            held = state.tensors().values() if is_continued else ()
+            needs_gradient = any(tensor.requires_grad for tensor in (*projected, *learned, *held))
+            if is_continued and not needs_gradient:
+                # Reading in place would change what a checkpoint reads once more.
+                state = state.map(torch.Tensor.clone)
         output = weights = None
         rows: list[int] = []
         parts: list[BankState] = []

@@ -196,6 +196,8 @@ class StateBankLayer(CacheLayerMixin):
                 )
             history[index] = shorten_history(history[index], state.window_ids[index, end - removed : end])
         for index, restored in earlier.items():
+            if restored.settings != state.settings:
+                restored = replace(restored, settings=state.settings, **dict.fromkeys(BankState.DERIVED))
             state = state.replaced([index], restored)
             self.journal[index] = None
         # A span may have been pinned since what is restored was recorded.
@@ -536,6 +538,7 @@ class StateBankCache(Cache):
         """
         if not self.states:
             raise ValueError("`save_pretrained` got an empty cache; read at least one token first.")
+        check_layers_agree(self)
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"`save_directory` is {str(folder)!r}, which is a file; name a folder.")
@@ -681,7 +684,7 @@ def _slots_of_row(state: BankState, row: int) -> Entries:
 def _forget_span(state: BankState, start: int, end: int, row: int | None) -> BankState:
     """A copy of `state` without what stems from a span, see `StateBankCache.forget`: holes stand in its place."""
     state = state.map(torch.Tensor.clone).with_holes()
-    chosen = torch.zeros(len(state.rows), dtype=torch.bool)
+    chosen = torch.zeros(len(state.rows), dtype=torch.bool, device="cpu")
     chosen[_chosen_rows(state, row)] = True
     chosen = chosen.to(state.keys.device)
     positions = state.entries.positions
@@ -721,6 +724,7 @@ def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
         raise ValueError(
             f"The state has layers {kinds}, but the model has {wanted_kinds}; use the model that made it."
         )
+    check_layers_agree(cache)
     wanted: dict = {}
     for index, state in enumerate(cache.states):
         found = {
@@ -738,6 +742,17 @@ def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
             raise ValueError(
                 f"The state has {name} = {found[name]} (layer {index}), but the model has {wanted[name]}; use the model, and "
                 "the settings, that made the state."
+            )
+
+
+def check_layers_agree(cache: StateBankCache) -> None:
+    """Raise `ValueError` if some layers have read more than others, as after a forward pass that was interrupted."""
+    seen = [[row.seen for row in state.rows] for state in cache.states]
+    for index, counts in enumerate(seen):
+        if counts != seen[0]:
+            raise ValueError(
+                f"Layer 0 of the state has read {seen[0]} tokens of its rows, but layer {index} {counts}: a forward pass was interrupted. "
+                "Go on from a copy (`clone`, `save_pretrained`), or read the text again."
             )
 
 

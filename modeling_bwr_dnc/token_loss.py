@@ -105,6 +105,11 @@ def summed_cross_entropy(
     Beside kept logits, at most `chunk_length` x V exist at a time. Under autocast the products are in its type, the softmax in
     float32.
     """
+    if hidden_states.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"the hidden states are of {list(hidden_states.shape[:-1])} tokens, but the labels of {list(labels.shape)}; something has put "
+            "tokens of its own before them, such as a learned prompt"
+        )
     device = hidden_states.device.type
     wanted = autocast_dtype(device)
     dtype = wanted or weight.dtype

@@ -13,7 +13,7 @@ CONTROLS = {
     "random": "equal slots and levels, evicted at random",
 }
 # Where salience does not decide what stays, it does not weigh what is read either.
-UNSALIENT = {"attention_boost": 0.0}
+UNSALIENT = {"attention_boost": 0.0, "use_salience": False}
 # Only where the answers' places are known: in measuring facts.
 PINNED = "pinned"
 POLICIES = (

@@ -25,7 +25,13 @@ class CurriculumCallback(TrainerCallback):
         self.trainer: Trainer | None = None
 
     def follow(self, trainer: Trainer) -> None:
-        """Take part in the training of `trainer`, and log there."""
+        """Take part in the training of `trainer`, and log there. Raises `ValueError` if other processes load its rows."""
+        require(
+            not trainer.args.dataloader_num_workers,
+            "dataloader_num_workers",
+            trainer.args.dataloader_num_workers,
+            "be 0 with a curriculum, of which a worker has a copy that does not move",
+        )
         self.trainer = trainer
         trainer.add_callback(self)
 

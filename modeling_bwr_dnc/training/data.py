@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value, interleave_datasets, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+)
 from transformers import PreTrainedTokenizerBase
 
 from ..loading import first_line
@@ -267,19 +276,31 @@ def mix(parts: list[Dataset | IterableDataset], weights: list[float], seed: int 
     return interleave_datasets(parts, probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted")
 
 
-def split_validation(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Training and validation rows. Raises `ValueError` for fewer than two rows, or a fraction that is not inside (0, 1)."""
+def split_validation(
+    parts: list[Dataset], weights: list[float], fraction: float, seed: int = 0
+) -> tuple[Dataset, Dataset]:
+    """
+    Training rows, mixed as `mix` does, and validation rows, each once, of which none is a training row: this share of every data set
+    that has two rows at least.
+
+    Raises:
+        ValueError: if none has, for streamed rows, or a fraction that is not inside (0, 1).
+    """
     if not 0 < fraction < 1:
         raise ValueError(f"`validation_fraction` is {fraction}, but must be above 0 and below 1")
-    if isinstance(rows, IterableDataset) or len(rows) < 2:
+    if any(isinstance(rows, IterableDataset) for rows in parts) or all(len(rows) < 2 for rows in parts):
         raise ValueError(
-            "`validation_fraction` needs at least two rows that are not streamed; name `validation` sources instead, or "
-            "shorten `sequence_length`"
+            "`validation_fraction` needs at least two rows of a source, and none that are streamed or generated; name `validation` "
+            "sources instead, or shorten `sequence_length`"
         )
-    count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+    training, validation = [], []
+    for rows in parts:
+        count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
+        order = list(range(len(rows)))
+        random.Random(seed).shuffle(order)
+        training.append(rows.select(sorted(order[count:])))
+        validation.append(rows.select(sorted(order[:count])))
+    return mix(training, weights, seed), concatenate_datasets(validation)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from .arguments import BwrDncTrainingArguments
 from .curriculum_callback import CurriculumCallback
 from .data import DataSource, RowCollator, build_rows, split_validation
 from .recipe import Recipe
+from .stages import UNSEEN_SEED
 from .trainer import BwrDncTrainer
 
 # Settings that may differ between a checkpoint and the model that goes on from it; `Trainer` takes the token ids from the tokenizer.
@@ -337,6 +338,8 @@ def add_adapter(model: BwrDncForCausalLM, settings: dict) -> nn.Module:
 
 
 CURRICULUM = "curriculum"
+# Rows of a task that validates.
+VALIDATION_ROWS = 256
 
 
 class GeneratedTasks:
@@ -376,6 +379,15 @@ class GeneratedTasks:
             self.by_source[id(source)] = curriculum
         return self.by_source[id(source)].rows()
 
+    def validation_examples(self, source: DataSource) -> Iterable[dict]:
+        """`VALIDATION_ROWS` examples of a task, which training does not see unless both have the same `seed` among their options."""
+        if source.task == CURRICULUM:
+            raise ValueError(
+                "a curriculum changes while it is read, so it cannot validate; name one of its tasks instead"
+            )
+        task = self._task(source)
+        return (task if "seed" in source.options else replace(task, seed=UNSEEN_SEED)).dataset(VALIDATION_ROWS)
+
     def _task(self, source: DataSource) -> Task:
         if source.task not in TASKS:
             raise ValueError(f"there is no task {source.task!r}; known are {', '.join(sorted([*TASKS, CURRICULUM]))}")
@@ -397,10 +409,8 @@ class GeneratedTasks:
 def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, tasks: GeneratedTasks):
     """Training rows, and validation rows or None."""
     data = recipe.data
-    if any(source.task == CURRICULUM for source in data.validation):
-        raise ValueError("a curriculum changes while it is read, so it cannot validate; name one of its tasks instead")
 
-    def build(sources, streaming):
+    def build(sources, streaming, make_task=tasks.examples):
         return build_rows(
             sources,
             tokenizer,
@@ -408,15 +418,15 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, tas
             packing=data.packing,
             streaming=streaming,
             seed=seed,
-            make_task=tasks.examples,
+            make_task=make_task,
         )
 
+    if data.validation_fraction is not None and data.sources:
+        # Before they are mixed, which repeats the rows of smaller sources.
+        parts = [build([source], data.streaming) for source in data.sources]
+        return split_validation(parts, [source.weight for source in data.sources], data.validation_fraction, seed)
     rows = build(data.sources, data.streaming)
-    if data.validation:
-        return rows, build(data.validation, False)
-    if data.validation_fraction is not None:
-        return split_validation(rows, data.validation_fraction, seed)
-    return rows, None
+    return rows, build(data.validation, False, tasks.validation_examples) if data.validation else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- result

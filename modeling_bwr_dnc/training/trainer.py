@@ -1,5 +1,6 @@
 """The library's Trainer for a model that carries its memory through a sequence."""
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -36,10 +37,21 @@ class BwrDncTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            warnings.warn(
+                f"One process sees {self.args.n_gpu} GPUs, and uses one of them; start one for each, with `accelerate launch`.",
+                stacklevel=2,
+            )
+            self.args._n_gpu = 1
         if self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` would not be called: the loss is computed in chunks, without all logits; leave it out, or use the "
                 "library's `Trainer`."
+            )
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "PEFT's prompt learning puts tokens of its own before every span, for which there are no labels; use LoRA, or the library's "
+                "`Trainer`."
             )
         if self.args.return_freed_memory and self.args.device.type == "cpu":
             return_freed_memory()

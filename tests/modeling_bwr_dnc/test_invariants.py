@@ -833,3 +833,91 @@ def test_going_on_without_memory_reads_no_slot_of_a_full_bank(seed):
     logits, spoiled = read(model, more, cache=spoiled, use_memory=False)
     assert_close(read(model, more, [1, 2], cache=cache, use_memory=False)[0], logits)
     assert spoiled.tokens(row=0) == spoiled.tokens(row=1) == []
+
+
+@pytest.mark.parametrize("chunks", [[10], [5, 5], [2, 8]])
+@pytest.mark.parametrize("segment_length", [4, 16])
+def test_a_frozen_model_passes_gradients_on_to_what_its_memory_was_made_of(segment_length, chunks):
+    """As a soft prompt does, that is read once; the same as where the weights have gradients, too."""
+    found = []
+    for is_frozen in (False, True):
+        model = tiny_model(tiny_config(segment_length=segment_length)).requires_grad_(not is_frozen)
+        soft = torch.randn(1, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        cache = model(inputs_embeds=soft, use_cache=True).past_key_values
+        ids = token_ids(10)
+        logits = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(chunks, dim=1)]
+        torch.nn.functional.cross_entropy(torch.cat(logits, dim=1)[0, :-1], ids[0, 1:]).backward()
+        found.append(soft.grad)
+    assert found[0].any()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("trained", ["mlp", "compressor"])
+def test_checkpoints_read_a_memory_again_as_it_was(trained):
+    found = []
+    for is_checkpointing in (False, True):
+        model = tiny_model(tiny_config()).train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained in name)
+        if is_checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = token_ids(40)
+        with torch.no_grad():
+            cache = model(ids[:, :21], use_cache=True).past_key_values
+        embeds = model.get_input_embeddings()(ids[:, 21:]).detach()
+        model(inputs_embeds=embeds, past_key_values=cache, labels=ids[:, 21:], use_cache=True).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any(gradient.any() for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", [{"attention_boost": 3.0}, {"memory_position": "constant"}])
+def test_taking_back_goes_on_under_the_settings_of_now(change):
+    """Row by row or as a batch, of which one row had consolidated before the settings changed."""
+
+    def played(as_batch):
+        config = tiny_config()
+        model, after = tiny_model(config), torch.cat([token_ids(4, 10), token_ids(4, 11)])
+        caches = [read(model, token_ids(length, seed))[1] for seed, length in enumerate((50, 47))]
+        caches = [StateBankCache.stack(caches)] if as_batch else caches
+        rows = [after] if as_batch else list(after.split(1))
+        for cache, ids in zip(caches, rows, strict=True):
+            cache.activate_past_recording()
+            read(model, ids, cache=cache)
+        for name, value in change.items():
+            setattr(config, name, value)
+        for cache, ids in zip(caches, rows, strict=True):
+            read(model, ids[:, :1], cache=cache)
+            cache.crop(-4)
+        return torch.cat([read(model, ids[:, :3], cache=cache)[0] for cache, ids in zip(caches, rows, strict=True)])
+
+    torch.testing.assert_close(played(True), played(False), rtol=1e-9, atol=1e-9)
+
+
+def test_a_memory_of_an_interrupted_pass_is_refused(tmp_path):
+    model, ids = tiny_model(tiny_config()), token_ids(40)
+    _, cache = read(model, ids[:, :20])
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read(model, ids[:, 20:25], cache=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match="interrupted"):
+        read(model, ids[:, 20:], cache=cache)
+    with pytest.raises(ValueError, match="interrupted"):
+        cache.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_the_host_stay_there_whatever_the_default_device():
+    model, ids = tiny_model(tiny_config()), token_ids(40)
+    expected, _ = read(model, ids)
+    _, cache = read(model, ids[:, :30])
+    with torch.device("meta"):
+        logits, cache = read(model, ids[:, 30:], cache=cache)
+        cache.forget(3, 5)
+    torch.testing.assert_close(logits, expected[:, 30:])

@@ -106,3 +106,8 @@ def test_autocast_computes_the_softmax_in_float32(problem):
 def test_a_label_that_is_no_token_is_an_error_and_not_another_token(label):
     with pytest.raises(RuntimeError, match=f"index {label} is out of bounds"):
         summed_cross_entropy(torch.randn(3, 4), torch.randn(11, 4), torch.tensor([2, label, -100]))
+
+
+def test_labels_of_other_tokens_are_refused():
+    with pytest.raises(ValueError, match=r"of \[1, 10\] tokens, but the labels of \[1, 8\]"):
+        summed_cross_entropy(torch.randn(1, 10, 4), torch.randn(6, 4), torch.zeros(1, 8, dtype=torch.int64))

@@ -229,6 +229,16 @@ def test_a_curriculum_follows_the_model_and_goes_on_where_it_was(call, recipe, b
     assert history(run) == whole and len(steps()) == 8
 
 
+def test_a_task_validates(call, recipe, tmp_path):
+    task = "{task: lookup, options: {length: 64, num_pairs: 4, num_queries: 2}}"
+    arguments = (f"data.sources=[{task}]", f"data.validation=[{task}]", "data.validation_fraction=null")
+    evaluating = ("training.max_steps=1", "training.eval_strategy=steps", "training.per_device_eval_batch_size=64")
+    code, _, errors = call(train, "--config", recipe, *arguments, *evaluating)
+    assert code == 0, errors
+    entries = json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_loss" in entry for entry in entries)
+
+
 def test_a_curriculum_follows_a_model_with_adapters(call, recipe, tiny_model, tmp_path):
     options = "first_length: 32, vocab_size: 40, segment_length: 8, every: 1, num_rows: 2"
     sources = f"data.sources=[{{task: curriculum, options: {{{options}}}}}]"
@@ -243,6 +253,14 @@ def test_a_curriculum_follows_a_model_with_adapters(call, recipe, tiny_model, tm
     ("overrides", "words"),
     [
         (["data.sources=[{task: curriculum, options: {nonsense: 1}}]"], "nonsense"),
+        (
+            [
+                "data.sources=[{task: curriculum}]",
+                "data.validation_fraction=null",
+                "training.dataloader_num_workers=1",
+            ],
+            "be 0 with a curriculum",
+        ),
         (["training.learning_rat=1"], "did you mean 'learning_rate'?"),
         (["dta.packing=true"], "did you mean 'data'?"),
         (["data.sources=missing.txt"], "no file or folder missing.txt"),

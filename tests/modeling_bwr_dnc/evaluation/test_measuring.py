@@ -1,5 +1,6 @@
 """Measurements in blocks are those of one pass, and the controls are what their names say."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -138,6 +139,18 @@ def test_settings_come_back_after_an_error(model):
         assert model.config.memory_slots == [1, 0, 0]
         raise RuntimeError
     assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("policy", ["equal_slot_window", "random", "score:attention"])
+def test_salience_has_no_say_in_what_does_not_keep_by_it(model, input_ids, policy):
+    losses = []
+    for weight in (0.0, 1.0):
+        changed = copy.deepcopy(model)
+        for layer in changed.model.layers:
+            torch.nn.init.constant_(layer.self_attn.memory.salience.weight, weight)
+        with settings_changed(changed, **policy_settings(changed, policy, 70)):
+            losses.append(token_losses(changed, input_ids))
+    assert torch.equal(*losses)
 
 
 def test_every_policy_runs_and_an_unknown_one_is_refused(model, input_ids):

@@ -98,9 +98,16 @@ def test_tasks_are_sources(tokenizer):
 
 
 def test_validation_rows_are_held_out():
-    rows = Dataset.from_dict({"number": list(range(20))})
-    train, held_out = split_validation(rows, 0.2)
+    parts = [Dataset.from_dict({"number": list(numbers)}) for numbers in (range(20), range(20, 50), range(50, 51))]
+    train, held_out = split_validation(parts[:1], [1.0], 0.2)
     assert len(held_out) == 4 and sorted([*train["number"], *held_out["number"]]) == list(range(20))
+    # Rows of the smaller ones are repeated in training, and none of them is held out.
+    train, held_out = split_validation(parts, [1.0, 1.0, 1.0], 0.2)
+    assert len(train) > 41 and len(held_out) == len(set(held_out["number"])) == 10
+    assert set(train["number"]) | set(held_out["number"]) == set(range(51))
+    assert not set(train["number"]) & set(held_out["number"])
+    with pytest.raises(ValueError, match="at least two rows"):
+        split_validation(parts[2:], [1.0], 0.2)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.training import BwrDncTrainer, BwrDncTrainingArguments
@@ -240,3 +241,20 @@ def test_the_best_checkpoint_is_named_by_its_final_place(train, tmp_path):
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "run" / "checkpoint-2")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2"]
+
+
+def test_learned_prompts_are_refused(train, rows, tmp_path):
+    model = get_peft_model(
+        tiny_model(tiny_config()).float(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with pytest.raises(ValueError, match="prompt learning"):
+        BwrDncTrainer(model=model, args=BwrDncTrainingArguments(output_dir=str(tmp_path)), train_dataset=rows)
+
+
+def test_of_several_gpus_one_is_used(tmp_path, rows):
+    arguments = BwrDncTrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", save_strategy="no")
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 2
+    with pytest.warns(UserWarning, match="sees 2 GPUs"):
+        trainer = BwrDncTrainer(model=tiny_model(tiny_config()).float(), args=arguments, train_dataset=rows)
+    assert trainer.args.n_gpu == 1
