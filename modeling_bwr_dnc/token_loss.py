@@ -30,7 +30,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         for_hidden, for_weight = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         hidden_gradient = torch.empty_like(hidden_states) if for_hidden else None
-        weight_gradient = torch.zeros_like(weight) if for_weight else None
+        # A sum over all tokens could leave the range of float16, where no loss scale would bring it back.
+        is_half = weight.dtype == torch.float16
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32 if is_half else None) if for_weight else None
         kept = linear(hidden_states, weight) if keeps_logits else None
         precise = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=weight.device)
@@ -57,8 +59,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 gradient = shares.mul_(counts / sums).scatter_add_(1, label, -counts).to(weight.dtype)
                 if for_hidden:
                     linear_into(hidden_gradient[part], gradient, weight.T)
-                if for_weight:
+                if for_weight and is_half:
+                    weight_gradient += gradient.T @ hidden_states[part]
+                elif for_weight:
                     add_product(weight_gradient, gradient, hidden_states[part])
+        ctx.dtypes = hidden_states.dtype, weight.dtype
         inputs = (hidden_states, weight) if keeps_logits else (None, None)
         ctx.save_for_backward(hidden_gradient, weight_gradient, *inputs)
         return total, kept
@@ -69,7 +74,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         *made, hidden_states, weight = ctx.saved_tensors
         gradients: list[torch.Tensor | None] = [None, None]
         if gradient is not None:
-            gradients = [None if part is None else part * gradient.to(part.dtype) for part in made]
+            gradients = [
+                None if part is None else (part * gradient.to(part.dtype)).to(dtype)
+                for part, dtype in zip(made, ctx.dtypes, strict=True)
+            ]
         if logits_gradient is not None:
             # Something else was made of the logits, too.
             if ctx.needs_input_grad[0]:

@@ -111,3 +111,17 @@ def test_a_label_that_is_no_token_is_an_error_and_not_another_token(label):
 def test_labels_of_other_tokens_are_refused():
     with pytest.raises(ValueError, match=r"of \[1, 10\] tokens, but the labels of \[1, 8\]"):
         summed_cross_entropy(torch.randn(1, 10, 4), torch.randn(6, 4), torch.zeros(1, 8, dtype=torch.int64))
+
+
+def test_the_gradient_of_a_float16_head_is_as_large_as_the_loss_scale_makes_it():
+    """8,192 tokens of one label, whose hidden states all point one way: their sum is beyond float16, their mean is not."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(8192, 8, generator=generator) * 3 + 12
+    weight = (torch.randn(50, 8, generator=generator) * 0.02).requires_grad_()
+    labels = torch.full((8192,), 3)
+    F.cross_entropy(hidden @ weight.T, labels).backward()
+    expected, weight.grad = weight.grad, None
+    with torch.autocast("cpu", torch.float16):
+        total, _ = summed_cross_entropy(hidden, weight, labels)
+    (total / len(labels) * 1024).backward()
+    torch.testing.assert_close(weight.grad / 1024, expected, rtol=5e-3, atol=1e-3)
