@@ -25,7 +25,8 @@ def read_text_file(path: str | Path) -> str:
 def check_text(content: bytes, name: str) -> str:
     """`content` as text; raises `ValueError` if it is blank or not UTF-8 text."""
     try:
-        text = content.decode("utf-8")
+        # Without the mark that some editors begin a file with, which would be the first token.
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); give a text file") from error
     if "\0" in text:

@@ -29,6 +29,8 @@ from tqdm import tqdm
 
 from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
 from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_compressor, fit_salience
+from modeling_bwr_dnc.retrofit.boost import checked_lengths
+from modeling_bwr_dnc.retrofit.compressor import checked_room
 from modeling_bwr_dnc.texts import python_manual, read_text_file
 from scripts.command_line import add_budget, add_device, check_least, check_output, load_model, run, use_budget
 
@@ -174,6 +176,7 @@ def train_memory(arguments: argparse.Namespace) -> None:
             )
     texts = [read_text_file(path) for path in arguments.text] or [python_manual()]
     tokens = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+    check_texts(model, tokens, arguments)
     begin = time.monotonic()
     if not arguments.compressors_only:
         teach_salience(model, tokenizer, tokens, arguments)
@@ -203,6 +206,15 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--share is {arguments.share} and --fact-share {arguments.fact_share}, but both must be at most 1, and --share above 0"
         )
+
+
+def check_texts(model, texts: list[list[int]], arguments: argparse.Namespace) -> None:
+    """Raises `ValueError` for what only a later part of the teaching would find too short."""
+    if arguments.boost_steps and not arguments.compressors_only:
+        checked_lengths(model, texts)
+    if arguments.compressor_steps:
+        segment_length, *memory_slots = arguments.stretch_memory
+        checked_room(model, texts, arguments.stretch, segment_length, memory_slots)
 
 
 def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse.Namespace) -> None:

@@ -113,6 +113,9 @@ def train_task(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--pairs was given, but the task {task.name!r} has no pairs; use lookup or mqar")
     by_lengths = {length: _unseen(task, length=length) for length in arguments.lengths}
     with_pairs = {pairs: _unseen(task, length=2 * task.length, num_pairs=pairs) for pairs in arguments.pairs}
+    for unseen in (*by_lengths.values(), *with_pairs.values()):
+        # Texts say only then that a length has no room for them.
+        unseen.row(0)
     starts = {(kind, seed): start_of(arguments, kind, seed) for kind in arguments.models for seed in arguments.seeds}
     for kind, config in zip(arguments.models, configs, strict=True):
         for seed in arguments.seeds:

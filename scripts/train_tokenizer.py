@@ -12,6 +12,7 @@ import argparse
 import gzip
 import random
 import re
+import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -78,7 +79,8 @@ class HtmlText(HTMLParser):
         self.open_hidden = self.open_pre = 0
 
     def handle_starttag(self, tag, attrs):
-        self.open_hidden += tag in self.HIDDEN
+        # The end of a head may be left out.
+        self.open_hidden = 0 if tag == "body" else self.open_hidden + (tag in self.HIDDEN)
         self.open_pre += tag == "pre"
         self.handle_startendtag(tag, attrs)
 
@@ -107,7 +109,10 @@ def read_text(path: Path) -> str:
     """The text of a file; empty for what is no text."""
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
-        data, path = gzip.decompress(data), path.with_suffix("")
+        try:
+            data, path = gzip.decompress(data), path.with_suffix("")
+        except (OSError, EOFError, zlib.error):
+            return ""
     if b"\0" in data:
         return ""
     try:

@@ -121,7 +121,7 @@ def save_gguf(
     writer.add_pad_token_id(config.pad_token_id)
     writer.add_chat_template(CHAT_TEMPLATE)
     for key, value in (extra_fields or {}).items():
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
 
     name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers.dynamic_module_utils import get_relative_imports
 
-from modeling_bwr_dnc.conversion.hub_folder import TOKENIZER_FILES
+from modeling_bwr_dnc.conversion.hub_folder import CHAT_TEMPLATES, TOKENIZER_FILES
 from modeling_bwr_dnc.conversion.llama_family import (
     EqualityProof,
     converted_config,
@@ -35,7 +35,7 @@ _ENTRIES = (
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
     *TOKENIZER_FILES,
-    "additional_chat_templates",
+    CHAT_TEMPLATES,
 )
 
 
@@ -117,6 +117,9 @@ def convert_checkpoint(
     if memory_slots is None and memory_adapter is not None:
         budget = adapter_budget(memory_adapter)
     original = load_source(source, dtype)
+    # Files may say that head and embeddings are one, and hold both: then the library takes them for two.
+    embeddings, head = original.model.get_input_embeddings(), original.model.get_output_embeddings()
+    original.model.config.tie_word_embeddings = head.weight is embeddings.weight
     config = converted_config(
         original.model.config,
         segment_length,

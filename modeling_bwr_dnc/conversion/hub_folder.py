@@ -24,6 +24,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 # Everything else in the folder (states, optimizers, notes, secrets) stays at home.
+# Where a tokenizer keeps chat templates that have names.
+CHAT_TEMPLATES = "additional_chat_templates"
 PUBLISHED = (
     "README.md",
     "LICENSE*",
@@ -99,6 +101,8 @@ def stage_model_folder(folder: str | Path, staging: str | Path) -> list[Path]:
         for path in sorted(folder.iterdir()):
             if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PUBLISHED):
                 shutil.copyfile(path, partial / path.name)
+            elif path.is_dir() and path.name == CHAT_TEMPLATES:
+                shutil.copytree(path, partial / path.name)
     return sorted(staging.iterdir())
 
 

@@ -163,7 +163,13 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> Source:
 
     folder, file_name = str(path.parent), path.name
     _check_gguf_settings(path.name, reader)
-    dequantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, dtype=dtype or torch.float32)
+    try:
+        dequantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, dtype=dtype or torch.float32)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path.name} does not fit its own description ({first_line(error)}), as where only a part of each head is rotated; convert "
+            "another model, or the original folder"
+        ) from error
     _check_gguf_tensors(path.name, reader, dequantised)
     tokenizer = _load_tokenizer(folder, gguf_file=file_name)
     if tokenizer is not None:
@@ -185,11 +191,17 @@ def _field(reader, key: str):
 def _check_gguf_settings(name: str, reader) -> None:
     """Refuse what the library reads past without a word: scaled rotary angles and sliding windows."""
     architecture = _field(reader, "general.architecture")
-    for suffix, neutral in (("rope.scaling.type", ("none",)), ("attention.sliding_window", (0,))):
+    settings = {
+        "rope.scaling.type": ("none",),
+        "rope.scaling.factor": (0, 1),
+        "rope.scale_linear": (0, 1),
+        "attention.sliding_window": (0,),
+    }
+    for suffix, neutral in settings.items():
         value = _field(reader, f"{architecture}.{suffix}")
         if value is not None and value not in neutral:
             raise ValueError(
-                f"{name} sets {suffix} = {value!r}, which is lost in GGUF files; convert the original folder"
+                f"{name} sets {suffix} = {value!r}, which is lost in reading GGUF files; convert the original folder"
             )
 
 

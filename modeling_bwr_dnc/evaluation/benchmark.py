@@ -412,7 +412,7 @@ class Benchmark:
             for name in after:
                 decode_with(name, WARM_UP_TOKENS)
                 tokens[name].clear()
-        per_round = max(settings.decode_tokens // settings.rounds, 1)
+        per_round = -(-settings.decode_tokens // settings.rounds)
         tasks = {name: partial(decode_with, name, per_round) for name in after}
         for name, rounds in in_turns(tasks, settings.rounds, self._seconds_left()).items():
             mean = sum(rounds) / len(rounds)

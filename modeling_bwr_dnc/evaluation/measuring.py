@@ -120,6 +120,8 @@ def measure_loss(
         length = input_ids.shape[1]
         if policy == "full" and full_limit is not None:
             length = min(length, full_limit)
+        if length < 2:
+            continue
         with settings_changed(model, **policy_settings(model, policy, length)):
             losses = token_losses(model, input_ids[:, :length])
         records += [{"policy": policy, **bucket} for bucket in loss_by_position(losses.tolist(), edges)]

@@ -209,14 +209,15 @@ def decoded_token_bytes(
 
 
 def cache_nbytes(cache) -> int:
-    """Bytes of every tensor that a cache holds, each storage once."""
+    """Bytes of every tensor that a cache holds, each storage once. Of a view, what it shows: the next token copies that alone."""
     if hasattr(cache, "nbytes"):
         return int(cache.nbytes)
     storages: dict[int, int] = {}
 
     def walk(value) -> None:
         if isinstance(value, torch.Tensor):
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            place, size = value.untyped_storage().data_ptr(), min(value.nbytes, value.untyped_storage().nbytes())
+            storages[place] = max(storages.get(place, 0), size)
         elif isinstance(value, dict):
             for item in value.values():
                 walk(item)

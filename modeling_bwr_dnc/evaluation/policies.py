@@ -1,5 +1,7 @@
 """What a memory is compared with: the same weights, reading with another policy of what stays."""
 
+from statistics import fmean
+
 from transformers import PreTrainedModel
 
 from ..configuration_bwr_dnc import RETENTION_SCORES
@@ -33,8 +35,13 @@ def policy_settings(model: PreTrainedModel, policy: str, length: int) -> dict:
     Raises:
         ValueError: for a policy that is not in `POLICIES`.
     """
-    num_slots = sum(model.config.memory_slots)
-    recent = {"memory_slots": [num_slots, 0, 0], "slot_shares": None, "retention_score": "recency"}
+    config = model.config
+    num_slots = sum(config.memory_slots)
+    by_layer = [
+        sum(config.layer_slots(i)) for i, kind in enumerate(config.layer_types) if kind == "state_bank_attention"
+    ]
+    in_a_layer = round(fmean(by_layer)) if by_layer else num_slots
+    recent = {"memory_slots": [in_a_layer, 0, 0], "slot_shares": None, "retention_score": "recency"}
     settings: dict[str, dict] = {
         "memory": {},
         "full": {"use_memory": True, "memory_slots": [max(length, num_slots), 0, 0], "slot_shares": None},

@@ -35,7 +35,7 @@ def write_report(results: dict, folder: str | Path) -> list[Path]:
     parts = [f"# {results['title']}", "\n".join(f"* {name}: {value}" for name, value in results["facts"].items())]
     for name, records in results["measurements"].items():
         parts.append(f"## {name.replace('_', ' ').capitalize()}\n\n{table(records)}")
-        if importlib.util.find_spec("matplotlib") is not None:
+        if records and importlib.util.find_spec("matplotlib") is not None:
             picture = folder / f"{name}.png"
             draw(records, picture, name.replace("_", " "))
             written.append(picture)
@@ -46,6 +46,8 @@ def write_report(results: dict, folder: str | Path) -> list[Path]:
 
 def table(records: Sequence[dict]) -> str:
     """Records as a Markdown table: points down, policies across."""
+    if not records:
+        return "Nothing was measured: all lengths are beyond the limit of full attention."
     if "state_bytes" in records[0]:
         return _table_of_budgets(records)
     across = list(dict.fromkeys(record["policy"] for record in records))

@@ -27,6 +27,11 @@ from .salience import text_with_facts
 NEGLIGIBLE = 0.05
 
 
+# Least and most tokens that a memory has read, in times of `config.max_keys`, and tokens that are read on after them.
+LENGTHS = (1.5, 16.0)
+NUM_PROSE = 256
+
+
 @dataclass
 class Stretch:
     """A memory of some text, the facts that were hidden in it, and what comes next: the last token of the text first."""
@@ -44,10 +49,10 @@ def fit_attention_boost(
     seed: int = 0,
     num_steps: int = 64,
     num_stretches: int = 8,
-    lengths: tuple[float, float] = (1.5, 16.0),
+    lengths: tuple[float, float] = LENGTHS,
     num_facts: int = 12,
     num_questions: int = 6,
-    num_prose: int = 256,
+    num_prose: int = NUM_PROSE,
     prose_weight: float = 4.0,
     learning_rate: float = 0.15,
     start: float = 1.0,
@@ -78,14 +83,8 @@ def fit_attention_boost(
         )
     if not start > 0:
         raise ValueError(f"start is {start}, but must be above 0, below which no boost can go")
-    shortest, longest = (round(times * config.max_keys) for times in lengths)
-    available = min(map(len, texts)) - num_prose
-    if available < shortest:
-        raise ValueError(
-            f"a text has {available + num_prose} tokens, but fitting the attention boosts takes {shortest + num_prose} at least; give "
-            "longer texts, or leave the boosts out"
-        )
-    sizes = stretch_lengths(num_stretches, [shortest, min(longest, available)])
+    shortest, longest = checked_lengths(model, texts, lengths, num_prose)
+    sizes = stretch_lengths(num_stretches, [shortest, longest])
     draw = random.Random(f"{seed} boost")
     with settings_changed(model, attention_boost=start):
         stretches = [
@@ -121,6 +120,23 @@ def fit_attention_boost(
         found = F.softplus(raw).tolist()
         config.attention_boost = [round(boost, 3) if boost >= NEGLIGIBLE else 0.0 for boost in found]
     return config.attention_boost
+
+
+def checked_lengths(
+    model: PreTrainedModel,
+    texts: Sequence[list[int]],
+    lengths: tuple[float, float] = LENGTHS,
+    num_prose: int = NUM_PROSE,
+) -> tuple[int, int]:
+    """Least and most tokens of a stretch of `fit_attention_boost`. Raises `ValueError` if a text is shorter than they ask for."""
+    shortest, longest = (round(times * model.config.max_keys) for times in lengths)
+    available = min(map(len, texts)) - num_prose
+    if available < shortest:
+        raise ValueError(
+            f"a text has {available + num_prose} tokens, but fitting the attention boosts takes {shortest + num_prose} at least; give "
+            "longer texts, or leave the boosts out"
+        )
+    return shortest, min(longest, available)
 
 
 def stretch_lengths(count: int, ends: Sequence[int]) -> list[int]:

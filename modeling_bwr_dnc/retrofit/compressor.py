@@ -59,16 +59,9 @@ def fit_compressor(
             be hidden without a tokenizer.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if ".memory.compressor." in name}
-    room = model.config.num_sink_tokens + sum(memory_slots) + 2 * segment_length
     if not named:
         raise ValueError("the model has no 'state_bank_attention' layer, so there is no compressor to fit")
-    if not memory_slots[1]:
-        raise ValueError(f"memory_slots is {list(memory_slots)}, without a compressed level; give level 1 some slots")
-    if length <= room or any(len(token_ids) < length for token_ids in texts) or not texts:
-        raise ValueError(
-            f"length is {length} and the texts have {[len(token_ids) for token_ids in texts]} tokens, but a stretch must be longer "
-            f"than what the memory has room for, {room} tokens, and no longer than the texts"
-        )
+    room = checked_room(model, texts, length, segment_length, memory_slots)
     if fact_share and tokenizer is None:
         raise ValueError(f"fact_share is {fact_share}, but facts cannot be hidden without a tokenizer")
     draw = random.Random(f"{seed} compressor")
@@ -111,6 +104,26 @@ def fit_compressor(
                 parameter.lerp_(start, 1 - share)
     finally:
         model.train(was_training)
+
+
+def checked_room(
+    model: PreTrainedModel, texts: Sequence[list[int]], length: int, segment_length: int, memory_slots: Sequence[int]
+) -> int:
+    """
+    Tokens that the memory of `fit_compressor` has room for.
+
+    Raises:
+        ValueError: if it compresses nothing, or a stretch of `length` tokens does not overflow it, or is longer than a text.
+    """
+    room = model.config.num_sink_tokens + sum(memory_slots) + 2 * segment_length
+    if not memory_slots[1]:
+        raise ValueError(f"memory_slots is {list(memory_slots)}, without a compressed level; give level 1 some slots")
+    if length <= room or any(len(token_ids) < length for token_ids in texts) or not texts:
+        raise ValueError(
+            f"length is {length} and the texts have {[len(token_ids) for token_ids in texts]} tokens, but a stretch must be longer "
+            f"than what the memory has room for, {room} tokens, and no longer than the texts"
+        )
+    return room
 
 
 def _add_gradients(

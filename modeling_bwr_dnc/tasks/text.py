@@ -95,7 +95,7 @@ class TextTask(Task):
         tokens, ends = _tokens(self.tokenizer, self.haystack)
         ends = ends[ends < len(tokens)]
         start = int(ends[random.integers(len(ends))]) if len(tokens) > room else 0
-        repeats = -(-(start + room) // len(tokens))
+        repeats = max(-(-(start + room) // len(tokens)), 1)
         hay = np.tile(tokens, repeats)[start : start + room].tolist()
         ends = np.concatenate([ends + i * len(tokens) for i in range(repeats)]) - start
         ends = ends[(ends >= 0) & (ends <= room)]

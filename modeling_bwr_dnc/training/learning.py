@@ -98,6 +98,10 @@ def small_config(kind: str, task: Task, memory_slots: Sequence[int] = (32, 16, 8
     return BwrDncConfig(**shared | attention | reader | by_kind.get(kind, memory) | settings)
 
 
+# Settings of a config by which the same weights compute something else.
+FIXED = ("hidden_act", "rms_norm_eps", "rope_parameters", "head_dim", "num_attention_heads", "num_key_value_heads")
+
+
 def grown(config: PreTrainedConfig, start: PreTrainedModel) -> PreTrainedModel:
     """
     A new BWR-DNC model of `config` that computes what `start` does: with its weights, and, where it has fewer layers, with further
@@ -112,6 +116,7 @@ def grown(config: PreTrainedConfig, start: PreTrainedModel) -> PreTrainedModel:
     misfits = [name for name, tensor in weights.items() if name not in places or tensor.shape != places[name].shape]
     further = [f"layers.{index}." for index in range(num_layers, config.num_hidden_layers)]
     misfits += [name for name in places if name not in weights and not any(part in name for part in further)]
+    misfits += [name for name in FIXED if getattr(config, name, None) != getattr(start.config, name, None)]
     if config.model_type != BwrDncConfig.model_type or misfits:
         raise ValueError(
             f"a {config.model_type} model of these settings cannot go on from one that differs in {(misfits or ['its type'])[0]!r}; "

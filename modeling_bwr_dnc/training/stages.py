@@ -111,7 +111,8 @@ class StagesCallback(TrainerCallback):
 
 def staged(task: Task, shortest: int = 64) -> Stages:
     """
-    A task at lengths that double up to its own: the first until 0.4 of the training, the last from 0.65 on.
+    A task at lengths that double up to its own, as far as its rows fit them: the first until 0.4 of the training, the last from
+    0.65 on.
 
     Pairs, if the task has any, are as dense as in the whole, but at most an eighth of the tokens and at least what fits.
 
@@ -127,12 +128,13 @@ def staged(task: Task, shortest: int = 64) -> Stages:
     hops = getattr(task, "hops", 1)
     if hops > 1 and isinstance(task, Story):
         return Stages(_told(task, lengths), task.seed)
-    stages, shares = [], np.linspace(0.4, 0.65, len(lengths) - 1).tolist()
+    rows = [*filter(None, (_fitting(task, length) for length in lengths[:-1])), task]
+    stages, shares = [], np.linspace(0.4, 0.65, len(rows) - 1).tolist()
     if hops > 1:
         dense = [_dense(replace(task, **{"hops": count}), lengths[0]) for count in range(1, hops + 1)]
         stages = [Stage(easy, end, LEARNED) for easy, end in zip(dense, np.linspace(0.2, 0.7, hops).tolist())]
-        shares = np.linspace(0.7, 1.0, len(lengths) + 1)[1:-1].tolist()
-    stages += [Stage(_shortened(task, length), end) for length, end in zip(lengths, [*shares, 1.0])]
+        shares = np.linspace(0.7, 1.0, len(rows) + 1)[1:-1].tolist()
+    stages += [Stage(row, end) for row, end in zip(rows, [*shares, 1.0], strict=True)]
     return Stages(stages, task.seed)
 
 
@@ -183,6 +185,16 @@ def _dense(task: Task, shortest: int) -> Task:
     length = max(shortest // 2, with_question)
     changes = {name: min(getattr(task, name), length // with_question) for name in ("num_chains", "num_queries")}
     return replace(task, length=length, **changes)
+
+
+def _fitting(task: Task, length: int) -> Task | None:
+    """A task in rows of another length; None if what it needs does not fit them."""
+    try:
+        shortened = _shortened(task, length)
+        shortened.row(0)
+    except ValueError:
+        return None
+    return shortened
 
 
 def _shortened(task: Task, length: int) -> Task:

@@ -26,3 +26,9 @@ def test_text_is_returned_as_it_is():
 
 def test_python_manual_is_a_long_text():
     assert len(python_manual()) > 200_000 and "yield" in python_manual()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    path = tmp_path / "notepad.txt"
+    path.write_text("Hello", encoding="utf-8-sig")
+    assert read_text_file(path) == "Hello"

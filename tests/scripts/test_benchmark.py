@@ -193,6 +193,9 @@ def test_state_of_llama_is_its_keys_and_values():
     )
     cache = build_llama(config)(torch.zeros(3, 10, dtype=torch.int64), use_cache=True).past_key_values
     assert cache_nbytes(cache) == 2 * 2 * 3 * 32 * 10 * 4
+    # What a sliding window shows of a block that it was read in.
+    cache.layers[0].keys, cache.layers[0].values = cache.layers[0].keys[:, :, -4:], cache.layers[0].values[:, :, -4:]
+    assert cache_nbytes(cache) == (2 * 2 * 3 * 32 * 10 * 4) // 2 + 2 * 2 * 3 * 32 * 4 * 2
 
 
 def test_a_fresh_process_reports_its_own_failure():

@@ -65,6 +65,11 @@ def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     assert_refused(
         "none of them compressed", train_memory, *arguments, "--compressor-steps", 2, "--memory-slots", 28, 0, 0
     )
+    compressing = [*arguments, "--tokens", 3000, "--compressor-steps", 2]
+    assert_refused("longer than what the memory has room for", train_memory, *compressing, "--stretch", 300)
+    assert_refused("without a compressed level", train_memory, *compressing, "--stretch-memory", 8, 8, 0, 0)
+    assert_refused("give longer texts", train_memory, *arguments, "--text", document)
+    assert not (tmp_path / "memory.safetensors").exists()
     assert_refused("nothing to keep", train_memory, *arguments, "--memory-slots", 0, 0, 0)
     assert_refused("leaves nothing to teach", train_memory, *arguments, "--compressors-only")
     assert_refused("the layers are 0 to", train_memory, *arguments, "--repeats-layers", 1, 99)
@@ -72,7 +77,7 @@ def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
         assert_refused("at most 1", train_memory, *arguments, *option)
     assert_refused("nothing can be written", train_memory, *arguments[:2], "--output", document / "memory.safetensors")
     assert_refused("no file at", train_memory, *arguments, "--text", tmp_path / "nowhere.txt")
-    assert_refused("both are needed", train_memory, *arguments, "--text", document, "--tokens", 30)
+    assert_refused("both are needed", train_memory, *arguments, "--text", document, "--tokens", 30, "--boost-steps", 0)
     (tmp_path / "memory.safetensors").write_bytes(b"precious")
     assert_refused("exists already", train_memory, *arguments)
 

@@ -49,6 +49,13 @@ def test_a_run_goes_on_from_an_earlier_one(call, assert_refused, tmp_path):
     assert not (tmp_path / "third").exists()
 
 
+def test_nothing_measured_is_said(call, tmp_path):
+    arguments = ["--output", tmp_path / "run", *QUICK, "--models", "full", "--lengths", 64, "--full-limit", 32]
+    code, _, errors = call(train_task, *arguments, "--setting", "hidden_size=16", "intermediate_size=16")
+    assert code == 0, errors
+    assert "Nothing was measured" in (tmp_path / "run" / "results.md").read_text()
+
+
 def test_bad_input_is_refused(assert_refused, tmp_path):
     assert_refused("`num_pairs` is 500", train_task, "--output", tmp_path, "--option", "num_pairs=500")
     assert_refused("has no setting 'pairs'", train_task, "--output", tmp_path, "--option", "pairs=5")
@@ -60,6 +67,8 @@ def test_bad_input_is_refused(assert_refused, tmp_path):
     assert_refused("say --memory-slots", train_task, "--output", tmp_path, "--setting", "memory_slots=[16,0,0]")
     recall = ["--output", tmp_path / "new", "--task", "recall", "--models", "window", "--pairs", 4]
     assert_refused("has no pairs", train_task, *recall)
+    passkey = ["--output", tmp_path / "new", "--task", "passkey", "--models", "window", "--length", 512]
+    assert_refused("must be at least", train_task, *passkey, "--lengths", 64)
     assert_refused("`length` is 3", train_task, *recall[:-2], "--lengths", 3)
     assert not (tmp_path / "new").exists()
     assert_refused("must be KEY=VALUE", train_task, "--output", tmp_path, *QUICK, "--setting", "hidden_size")

@@ -1,5 +1,6 @@
 """Training and comparing tokenizers: exactly the size asked for, text and nothing but text read, clear errors."""
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,17 @@ def test_too_small_a_vocabulary_is_an_error():
 def test_html_is_read_as_its_text():
     page = "<head><title>T</title></head><p>One <b>bold</b>\n word.</p><script>x()</script><pre>a\n  b</pre>"
     assert HtmlText.of(page) == "One bold word.\n\na\n  b"
+    assert HtmlText.of("<html><head><title>T</title><body><p>All of the text</p>") == "All of the text"
 
 
 def test_files_without_text_are_left_out(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\1")
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
     (tmp_path / "plain.txt").write_text("Grüße", encoding="utf-8")
-    assert [read_text(path) for path in sorted(tmp_path.iterdir())] == ["", "", "Grüße"]
+    (tmp_path / "whole.gz").write_bytes(gzip.compress(b"text"))
+    (tmp_path / "wound.gz").write_bytes(gzip.compress(b"text")[:-9])
+    (tmp_path / "wrong.gz").write_bytes(b"\x1f\x8bno gzip at all")
+    assert [read_text(path) for path in sorted(tmp_path.iterdir())] == ["", "", "Grüße", "text", "", ""]
 
 
 def test_input_is_taken_up_to_its_size_and_long_lines_once(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
 from modeling_bwr_dnc.conversion import adapter_budget, convert_checkpoint, load_memory_adapter, save_memory_adapter
 from tests.tiny_sources import CONFIGS, SIZES, random_source, save_gguf, save_source
@@ -236,3 +236,14 @@ def test_failed_conversion_leaves_nothing(source, tmp_path):
     with pytest.raises(ValueError, match=r"model\.layers\.0\.unknown\.weight"):
         convert_checkpoint(source, tmp_path / "out", **BUDGET)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_head_of_its_own_is_kept_where_the_config_says_that_it_is_tied(tmp_path):
+    source = save_source(tmp_path / "source", LlamaConfig(**SIZES, tie_word_embeddings=False))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    expected = AutoModelForCausalLM.from_pretrained(source)
+    assert expected.lm_head.weight is not expected.model.embed_tokens.weight
+    convert_checkpoint(source, tmp_path / "out", **BUDGET)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, expected.lm_head.weight) and not model.config.tie_word_embeddings

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from modeling_bwr_dnc.conversion import convert_checkpoint
 from modeling_bwr_dnc.conversion.hub_folder import check_model_folder, stage_model_folder
@@ -22,6 +23,14 @@ def test_staged_folder_holds_every_file_byte_for_byte(folder, tmp_path):
     staged = stage_model_folder(folder, tmp_path / "staged")
     assert {path.name for path in staged} == {path.name for path in folder.iterdir()}
     assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in staged)
+
+
+def test_chat_templates_with_names_are_published(folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    stage_model_folder(folder, tmp_path / "staged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "staged").chat_template == tokenizer.chat_template
 
 
 def test_private_files_stay_at_home(folder, tmp_path):

@@ -144,8 +144,24 @@ def test_gguf_tensor_that_the_library_would_skip_is_named(tmp_path):
         load_source(path)
 
 
-@pytest.mark.parametrize("fields", [{"llama.rope.scaling.type": "yarn"}, {"llama.attention.sliding_window": 16}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"llama.rope.scaling.type": "yarn"},
+        {"llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scale_linear": 4.0},
+        {"llama.attention.sliding_window": 16},
+    ],
+)
 def test_gguf_setting_that_the_library_would_skip_is_refused(tmp_path, fields):
     path = save_gguf(tmp_path / "tiny.gguf", random_source(CONFIGS["llama"]), extra_fields=fields)
     with pytest.raises(ValueError, match="convert the original folder"):
+        load_source(path)
+
+
+def test_gguf_of_other_shapes_than_it_says_is_refused(tmp_path):
+    path = save_gguf(
+        tmp_path / "tiny.gguf", random_source(CONFIGS["llama"]), extra_fields={"llama.rope.dimension_count": 2}
+    )
+    with pytest.raises(ValueError, match="does not fit"):
         load_source(path)

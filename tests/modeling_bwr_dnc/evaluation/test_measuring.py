@@ -141,6 +141,17 @@ def test_settings_come_back_after_an_error(model):
     assert model.config.to_dict() == before
 
 
+def test_slots_shared_out_are_equalled_on_average(model, input_ids):
+    with settings_changed(model, slot_shares=[3.0, 1.0]):
+        settings = policy_settings(model, "equal_slot_window", 70)
+    assert settings["memory_slots"] == [28, 0, 0] and settings["slot_shares"] is None
+
+
+def test_full_attention_without_a_length_to_run_at_is_left_out(model, input_ids):
+    records = measure_loss(model, input_ids, ["full", "window"], [0, 32], full_limit=0)
+    assert {record["policy"] for record in records} == {"window"}
+
+
 @pytest.mark.parametrize("policy", ["equal_slot_window", "random", "score:attention"])
 def test_salience_has_no_say_in_what_does_not_keep_by_it(model, input_ids, policy):
     losses = []

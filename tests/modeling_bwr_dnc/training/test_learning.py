@@ -129,6 +129,13 @@ def test_a_model_grows_without_changing_what_it_says():
         grown(small_config("memory", TASK, hidden_size=48, intermediate_size=32), small)
     with pytest.raises(ValueError, match="cannot go on"):
         grown(small_config("mamba2", TASK), small)
+    for changed in (
+        {"hidden_act": "gelu"},
+        {"rms_norm_eps": 0.1},
+        {"num_attention_heads": 2, "num_key_value_heads": 1},
+    ):
+        with pytest.raises(ValueError, match="cannot go on"):
+            grown(small_config("memory", TASK, hidden_size=32, intermediate_size=32, **changed), small)
     with pytest.raises(ValueError, match="layers.1"):
         grown(small_config("memory", TASK, hidden_size=32, intermediate_size=32, num_hidden_layers=1), small)
 

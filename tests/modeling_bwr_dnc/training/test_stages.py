@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_bwr_dnc.tasks import Copy, Lookup, Recall, Story, VariableTracking
+from modeling_bwr_dnc.tasks import Copy, Lookup, Mqar, Passkey, Recall, SelectiveCopy, Story, VariableTracking
 from modeling_bwr_dnc.token_loss import IGNORED
 from modeling_bwr_dnc.training.stages import Stage, Stages, staged
 
@@ -113,3 +113,20 @@ def test_answers_and_lessons_have_means_of_their_own():
     torch.testing.assert_close(whole, means[0] + 0.25 * means[1])
     assert not batch["label_weights"][batch["labels"] == IGNORED].any()
     assert "label_weights" not in replace(stage, lesson_weight=0.0).batch(range(5), np.random.default_rng(1))
+
+
+@pytest.mark.parametrize(
+    ("task", "lengths"),
+    [
+        (Copy(length=256, num_symbols=50), [128, 256]),
+        (Mqar(length=260, num_pairs=8), [130, 260]),
+        (SelectiveCopy(length=256, num_symbols=60), [128, 256]),
+        (Passkey(length=1024), [256, 512, 1024]),
+    ],
+)
+def test_rows_that_a_task_does_not_fit_are_left_out(task, lengths):
+    stages = staged(task).stages
+    assert [stage.task.length for stage in stages] == lengths
+    assert all(stage.batch(range(2), np.random.default_rng(0))["input_ids"] for stage in stages)
+    with pytest.raises(ValueError, match="must be"):
+        staged(Passkey(length=100)).stages[-1].batch(range(1), np.random.default_rng(0))
