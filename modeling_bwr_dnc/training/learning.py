@@ -120,7 +120,7 @@ def grown(config: PreTrainedConfig, start: PreTrainedModel) -> PreTrainedModel:
     if config.model_type != BwrDncConfig.model_type or misfits:
         raise ValueError(
             f"a {config.model_type} model of these settings cannot go on from one that differs in {(misfits or ['its type'])[0]!r}; "
-            "give it the settings of that one, and layers at most as well"
+            "give it the settings of that one, and as many layers or more"
         )
     model.load_state_dict(weights, strict=False)
     with torch.no_grad():

@@ -43,6 +43,7 @@ class BwrDncTrainer(Trainer):
                 stacklevel=2,
             )
             self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size
         if self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` would not be called: the loss is computed in chunks, without all logits; leave it out, or use the "
