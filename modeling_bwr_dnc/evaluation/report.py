@@ -91,7 +91,8 @@ def draw(records: Sequence[dict], path: str | Path, title: str) -> None:
         figure = Figure(figsize=(8, 4.6), dpi=150, facecolor=PAPER, layout="constrained")
         _draw_curves(figure.subplots(), records, policies)
     else:
-        figure = Figure(figsize=(3.1 * len(policies) + 1, 3.6), dpi=150, facecolor=PAPER, layout="constrained")
+        width = max(3.1, 0.6 * len({record[axes_of_maps[kind][0]] for record in records}))
+        figure = Figure(figsize=(width * len(policies) + 1, 3.6), dpi=150, facecolor=PAPER, layout="constrained")
         _draw_maps(figure, records, policies, *axes_of_maps[kind])
     figure.suptitle(title, color=INK, fontsize=12)
     figure.savefig(path)
