@@ -165,6 +165,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> Source:
     _check_gguf_settings(path.name, reader)
     try:
         dequantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, dtype=dtype or torch.float32)
+        plain = _without_quantisation(dequantised, path.stem)
     except RuntimeError as error:
         raise ValueError(
             f"{path.name} does not fit its own description ({first_line(error)}), as where only a part of each head is rotated; convert "
@@ -176,7 +177,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> Source:
         _restore_digit_splitting(tokenizer, _field(reader, "tokenizer.ggml.pre"))
     return Source(
         name=path.name,
-        model=_without_quantisation(dequantised, path.stem),
+        model=plain,
         tokenizer=tokenizer,
         license=_field(reader, "general.license"),
         languages=tuple(_field(reader, "general.languages") or ()),
