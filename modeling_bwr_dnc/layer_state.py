@@ -212,6 +212,11 @@ class BankState:
             state.complexity[index, :, stored:] = 0
         return state
 
+    def under(self, settings: BankSettings) -> "BankState":
+        """Same rows under other run-time settings, without the working copies that were made with the former ones."""
+        state = replace(self, settings=settings, **dict.fromkeys(BankState.DERIVED))
+        return state if any(settings.memory_slots) else state.without_slots()
+
     def without_slots(self) -> "BankState":
         """Same rows with sinks and window only."""
         if not any(row.num_slots for row in self.rows):

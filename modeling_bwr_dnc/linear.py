@@ -48,7 +48,10 @@ def linear_into(out: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left.T @ right to a gradient `total` [V, W], in place, from left [N, V] and right [N, W]."""
+    """Add left.T @ right to a gradient `total` [V, W], which may be of a wider type, in place, from left [N, V] and right [N, W]."""
+    if total.dtype != left.dtype:
+        total += left.T @ right
+        return
     if not _suits_onednn(left, right):
         total.addmm_(left.T, right)
         return

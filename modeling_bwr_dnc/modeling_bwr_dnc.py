@@ -298,9 +298,7 @@ class SinkWindowAttention(nn.Module):
         else:
             # A compiler with dynamic shapes cannot compare them: change settings between texts then, not within one.
             if not torch.compiler.is_compiling() and state.settings != settings:
-                # Working copies were made with the former ones.
-                state = replace(state, settings=settings, **dict.fromkeys(BankState.DERIVED))
-                state = state if any(settings.memory_slots) else state.without_slots()
+                state = state.under(settings)
             state = refreshed(state, call.rotary)
         conv_inputs = {}
         if self.short_conv is not None:

@@ -197,7 +197,7 @@ class StateBankLayer(CacheLayerMixin):
             history[index] = shorten_history(history[index], state.window_ids[index, end - removed : end])
         for index, restored in earlier.items():
             if restored.settings != state.settings:
-                restored = replace(restored, settings=state.settings, **dict.fromkeys(BankState.DERIVED))
+                restored = restored.under(state.settings)
             state = state.replaced([index], restored)
             self.journal[index] = None
         # A span may have been pinned since what is restored was recorded.

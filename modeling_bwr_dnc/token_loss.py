@@ -31,8 +31,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         for_hidden, for_weight = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         hidden_gradient = torch.empty_like(hidden_states) if for_hidden else None
         # A sum over all tokens could leave the range of float16, where no loss scale would bring it back.
-        is_half = weight.dtype == torch.float16
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32 if is_half else None) if for_weight else None
+        summed = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        weight_gradient = torch.zeros_like(weight, dtype=summed) if for_weight else None
         kept = linear(hidden_states, weight) if keeps_logits else None
         precise = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=weight.device)
@@ -59,9 +59,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 gradient = shares.mul_(counts / sums).scatter_add_(1, label, -counts).to(weight.dtype)
                 if for_hidden:
                     linear_into(hidden_gradient[part], gradient, weight.T)
-                if for_weight and is_half:
-                    weight_gradient += gradient.T @ hidden_states[part]
-                elif for_weight:
+                if for_weight:
                     add_product(weight_gradient, gradient, hidden_states[part])
         ctx.dtypes = hidden_states.dtype, weight.dtype
         inputs = (hidden_states, weight) if keeps_logits else (None, None)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_bwr_dnc.blocks import read_blocks
 from modeling_bwr_dnc.evaluation.measuring import task_accuracy
@@ -116,11 +116,11 @@ def train_task(arguments: argparse.Namespace) -> None:
     for unseen in (*by_lengths.values(), *with_pairs.values()):
         # Texts say only then that a length has no room for them.
         unseen.row(0)
-    starts = {(kind, seed): start_of(arguments, kind, seed) for kind in arguments.models for seed in arguments.seeds}
-    for kind, config in zip(arguments.models, configs, strict=True):
-        for seed in arguments.seeds:
-            if starts[kind, seed] is not None:
-                grown(config, starts[kind, seed])
+    starts = {
+        (kind, seed): start_of(arguments, kind, seed, config)
+        for kind, config in zip(arguments.models, configs, strict=True)
+        for seed in arguments.seeds
+    }
     output, trainings = Path(arguments.output), []
     by_length: list[dict] = []
     by_pairs: list[dict] = []
@@ -182,13 +182,13 @@ def train_task(arguments: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
-def start_of(arguments: argparse.Namespace, kind: str, seed: int) -> PreTrainedModel | None:
-    """The model that this one goes on from, if any. Raises `ValueError` if it is not there."""
-    return (
-        None
-        if arguments.start_from is None
-        else load_bare_model(str(Path(arguments.start_from) / f"{kind}-{seed}"), "cpu")
-    )
+def start_of(arguments: argparse.Namespace, kind: str, seed: int, config: PreTrainedConfig) -> PreTrainedModel | None:
+    """The model that one of `config` goes on from, if any. Raises `ValueError` if it is not there, or does not fit."""
+    if arguments.start_from is None:
+        return None
+    start = load_bare_model(str(Path(arguments.start_from) / f"{kind}-{seed}"), "cpu")
+    grown(config, start)
+    return start
 
 
 def _show_step(progress: tqdm, stages: Stages) -> None:

@@ -23,9 +23,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# Everything else in the folder (states, optimizers, notes, secrets) stays at home.
 # Where a tokenizer keeps chat templates that have names.
 CHAT_TEMPLATES = "additional_chat_templates"
+# Everything else in the folder (states, optimizers, notes, secrets) stays at home.
 PUBLISHED = (
     "README.md",
     "LICENSE*",

@@ -872,7 +872,7 @@ def test_checkpoints_read_a_memory_again_as_it_was(trained):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("change", [{"attention_boost": 3.0}, {"memory_position": "constant"}])
+@pytest.mark.parametrize("change", [{"attention_boost": 3.0}, {"memory_position": "constant"}, {"use_memory": False}])
 def test_taking_back_goes_on_under_the_settings_of_now(change):
     """Row by row or as a batch, of which one row had consolidated before the settings changed."""
 
