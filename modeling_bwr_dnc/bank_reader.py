@@ -225,7 +225,7 @@ class BankReader:
             return None, None
         dtype = torch.promote_types(complexity.dtype, torch.float32)
         logits, offsets = (self.call.on_device(numbers, dtype) for numbers in route_thresholds(self.settings))
-        is_level = (level[..., None] == self.call.on_device((1, 2), torch.int8)).to(dtype)
+        is_level = (level[:, :, None] == self.call.on_device((1, 2), torch.int8)[:, None]).to(dtype)
         return route_gates(complexity, logits, offsets, self.settings.use_hard_routing), is_level
 
     # --------------------------------------------------------------------------------------------------------- in place
@@ -518,7 +518,7 @@ def with_holes(key_bias, gates, is_level, holes, num_keys):
         return key_bias, gates, is_level
     rest = num_keys - key_bias.shape[2]
     key_bias = (F.pad(key_bias, (0, rest)) + holes[:, :, :num_keys]).clamp(min=MASKED)
-    return key_bias, gates, None if is_level is None else F.pad(is_level, (0, 0, 0, rest))
+    return key_bias, gates, None if is_level is None else F.pad(is_level, (0, rest))
 
 
 def _pinned(entries: Entries, rows: list[RowState]) -> torch.Tensor | None:

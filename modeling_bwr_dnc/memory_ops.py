@@ -294,7 +294,7 @@ def additive_bias(
     """
     Biases of slots as one additive term [B, G, R or 1, T or 1, N].
 
-    Args: `key_bias` [B, G, N], `gates` [B, H, T, 2], `is_level` [B, G, N, 2], indicators of levels 1 and 2, with N entries, the
+    Args: `key_bias` [B, G, N], `gates` [B, H, T, 2], `is_level` [B, G, 2, N], indicators of levels 1 and 2, with N entries, the
     first, that carry a bias.
     """
     if key_bias is None:
@@ -304,9 +304,7 @@ def additive_bias(
     batch_size, num_groups, num_biased = key_bias.shape
     grouped = gates.reshape(batch_size * num_groups, -1, 2)  # [B * G, R * T, 2]
     # As one operation: one token of a small model takes longer to ask for than to compute.
-    bias = torch.baddbmm(
-        key_bias.reshape(-1, 1, num_biased), grouped, is_level.reshape(-1, num_biased, 2).transpose(1, 2)
-    )
+    bias = torch.baddbmm(key_bias.reshape(-1, 1, num_biased), grouped, is_level.reshape(-1, 2, num_biased))
     return bias.view(batch_size, num_groups, -1, gates.shape[2], num_biased)
 
 
@@ -390,7 +388,7 @@ def widen(queries, keys, values, key_bias, gates, is_level, scaling):
     if gates is not None:
         query_parts.append(gates.to(queries.dtype))
         # Divided here: a masking gate would leave the range of float16, and infinity times 0 is no number.
-        key_parts.append(is_level.to(keys.dtype) / scaling)
+        key_parts.append(is_level.transpose(2, 3).to(keys.dtype) / scaling)
     key_extra = F.pad(torch.cat(key_parts, dim=-1), (0, padding, 0, num_rest))
     return (
         F.pad(torch.cat(query_parts, dim=-1), (0, padding)),
