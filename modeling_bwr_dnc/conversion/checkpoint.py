@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers.dynamic_module_utils import get_relative_imports
 
-from modeling_bwr_dnc.conversion.hub_folder import CHAT_TEMPLATES, TOKENIZER_FILES
+from modeling_bwr_dnc.conversion.hub_folder import CHAT_TEMPLATES, TOKENIZER_FILES, WEIGHT_FILES
 from modeling_bwr_dnc.conversion.llama_family import (
     EqualityProof,
     converted_config,
@@ -31,9 +31,7 @@ _ENTRIES = (
     "README.md",
     "config.json",
     "generation_config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
+    *WEIGHT_FILES,
     *TOKENIZER_FILES,
     CHAT_TEMPLATES,
 )

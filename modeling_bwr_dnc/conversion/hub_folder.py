@@ -25,6 +25,8 @@ TOKENIZER_FILES = (
 )
 # Where a tokenizer keeps chat templates that have names.
 CHAT_TEMPLATES = "additional_chat_templates"
+# What `save_pretrained` calls the weights, whole or in parts. A memory is a safetensors file, too, and holds what was read.
+WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # Everything else in the folder (states, optimizers, notes, secrets) stays at home.
 PUBLISHED = (
     "README.md",
@@ -32,8 +34,7 @@ PUBLISHED = (
     "config.json",
     "generation_config.json",
     "conversion.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    *WEIGHT_FILES,
     *TOKENIZER_FILES,
     "*.py",
     "*.png",
@@ -49,22 +50,22 @@ def check_model_folder(folder: str | Path) -> None:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder (it holds no config.json)")
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds no weights (*.safetensors)")
-    for path in folder.glob("*.safetensors"):
+    for name in _weight_files(folder):
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} lacks {name}, a part of its weights; restore it from a copy")
         try:
             # Its header says how long the file is; nothing else is read.
             with safe_open(path, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
             raise ValueError(f"the weights in {path} are damaged ({error}); restore them from a copy") from error
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json is no JSON ({error}); restore it from a copy") from error
+    config = _read_json(folder / "config.json")
     if not isinstance(config, dict) or not config.get("auto_map"):
         raise ValueError(f"{folder}/config.json names no code files (auto_map); save the model with save_pretrained")
-    for reference in config["auto_map"].values():
+    # The one of a tokenizer is a pair, slow and fast.
+    references = [r for value in config["auto_map"].values() for r in (value if isinstance(value, list) else [value])]
+    for reference in filter(None, references):
         module = folder / f"{reference.rpartition('--')[2].partition('.')[0]}.py"
         if not module.is_file():
             raise ValueError(f"{folder} lacks {module.name}, which its config.json refers to")
@@ -73,6 +74,26 @@ def check_model_folder(folder: str | Path) -> None:
         except FileNotFoundError as error:
             raise ValueError(f"{folder} lacks {Path(error.filename).name}, which {module.name} imports") from error
     _check_card(folder / "README.md")
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); restore it from a copy") from error
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that a model's weights are in, there or not."""
+    whole, _, index = WEIGHT_FILES
+    if (folder / whole).is_file():
+        return [whole]
+    if not (folder / index).is_file():
+        raise ValueError(f"{folder} holds no weights ({whole}, or {index} and its parts)")
+    parts = _read_json(folder / index)
+    if not isinstance(parts, dict) or not parts.get("weight_map"):
+        raise ValueError(f"{folder / index} names no parts of the weights (weight_map); restore it from a copy")
+    return sorted(set(parts["weight_map"].values()))
 
 
 def _check_card(path: Path) -> None:

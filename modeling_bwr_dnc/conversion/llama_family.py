@@ -6,6 +6,7 @@ by name, and then *measures* that nothing changed: up to `config.lossless_length
 logits of its source's full attention.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,7 +212,9 @@ def transfer_weights(source: PreTrainedModel, config: BwrDncConfig) -> BwrDncFor
         raise ValueError(f"no source tensor fills {unfilled[0]!r}; it would start out random")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    model.generation_config = source.generation_config
+    model.generation_config = copy.deepcopy(source.generation_config)
+    # The memory is the model's own cache, whichever the source asks for.
+    model.generation_config.cache_implementation = None
     return model.eval()
 
 

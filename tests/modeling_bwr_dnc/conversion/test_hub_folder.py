@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.conversion import convert_checkpoint
 from modeling_bwr_dnc.conversion.hub_folder import check_model_folder, stage_model_folder
 from tests.tiny_sources import save_source
@@ -96,3 +98,35 @@ def test_staging_never_mixes_with_other_files(folder, tmp_path):
     (tmp_path / "staged" / "other").write_text("x")
     with pytest.raises(ValueError, match="not empty"):
         stage_model_folder(folder, tmp_path / "staged")
+
+
+def test_a_memory_saved_beside_the_model_stays_at_home(folder, tmp_path):
+    model = BwrDncForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values.save_pretrained(folder)
+    names = {path.name for path in folder.glob("*.safetensors")}
+    staged = {path.name for path in stage_model_folder(folder, tmp_path / "staged")}
+    assert len(names) == 2 and staged & names == {"model.safetensors"}
+
+
+def test_every_part_of_the_weights_must_be_there(folder, tmp_path):
+    card = (folder / "README.md").read_bytes()
+    BwrDncForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    (tmp_path / "parts" / "README.md").write_bytes(card)
+    check_model_folder(tmp_path / "parts")
+    parts = sorted((tmp_path / "parts").glob("model-*.safetensors"))
+    assert len(parts) > 2
+    parts[1].unlink()
+    with pytest.raises(ValueError, match=f"lacks {parts[1].name}"):
+        check_model_folder(tmp_path / "parts")
+    (tmp_path / "parts" / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match="holds no weights"):
+        check_model_folder(tmp_path / "parts")
+
+
+def test_code_of_a_slow_and_a_fast_tokenizer_is_looked_for(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoTokenizer"] = ["tokenization_own.Own", None]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lacks tokenization_own.py"):
+        check_model_folder(folder)

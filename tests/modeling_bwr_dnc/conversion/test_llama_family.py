@@ -169,3 +169,11 @@ def test_layer_pattern_repeats():
 def test_unknown_layer_pattern_is_refused(pattern):
     with pytest.raises(ValueError, match="bank, window"):
         parse_layer_types(pattern, 3)
+
+
+def test_a_source_that_asks_for_a_cache_of_its_own_generates_with_the_memory():
+    source = random_source(CONFIGS["llama"])
+    source.generation_config.cache_implementation = "static"
+    model = transfer_weights(source, converted_config(source.config, 8, 2, [24, 8, 4]))
+    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2).shape == (1, 5)
+    assert source.generation_config.cache_implementation == "static"
