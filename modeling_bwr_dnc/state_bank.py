@@ -299,6 +299,11 @@ class StateBankCache(Cache):
         model = self._writer() if self._writer is not None else None
         return self._loaded_fingerprint if model is None else fingerprint_weights(model)
 
+    def reset(self) -> None:
+        """Forget everything, also which weights it was of."""
+        super().reset()
+        self._writer = self._loaded_fingerprint = None
+
     def __copy__(self) -> "StateBankCache":
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
@@ -367,7 +372,12 @@ class StateBankCache(Cache):
         return cloned
 
     def to(self, device: torch.device | str) -> "StateBankCache":
-        """Move every tensor to a device, in place."""
+        """Move every tensor to a device, in place. Raises `ValueError` for anything else, a type among them."""
+        if not isinstance(device, (str, int, torch.device)):
+            raise ValueError(
+                f"`StateBankCache.to` takes a device, but was given {device!r}; a memory is in the precision that it was read in, "
+                "to change it read the text again."
+            )
         for layer in self.layers:
             layer.apply(lambda tensor: tensor.to(device))
         return self
@@ -383,8 +393,11 @@ class StateBankCache(Cache):
             raise ValueError(
                 "StateBankCache.stack takes at least one cache, and each must have read at least one token."
             )
-        first = caches[0]
-        for cache in caches[1:]:
+        # Where the model that wrote a cache is gone, and it was not loaded either, the others say which weights it was.
+        first = next(
+            (c for c in caches if c._loaded_fingerprint or (c._writer and c._writer() is not None)), caches[0]
+        )
+        for cache in caches:
             _require_same_settings(first, cache)
         stacked = StateBankCache(layers=[type(layer)() for layer in first.layers])
         stacked._writer, stacked._loaded_fingerprint = first._writer, first._loaded_fingerprint
@@ -607,9 +620,10 @@ class StateBankCache(Cache):
         that the state was saved with is checked when it first reads it.
         """
         source = str(pretrained_model_name_or_path)
-        if os.path.isdir(source) and not os.path.isfile(os.path.join(source, STATE_FILE)):
+        folder = os.path.join(source, kwargs.get("subfolder") or "")
+        if os.path.isdir(source) and not os.path.isfile(os.path.join(folder, STATE_FILE)):
             raise ValueError(
-                f"{source!r} has no {STATE_FILE}; name a folder written by `StateBankCache.save_pretrained`."
+                f"{folder!r} has no {STATE_FILE}; name a folder written by `StateBankCache.save_pretrained`."
             )
         try:
             path = cached_file(source, STATE_FILE, **kwargs)
@@ -706,6 +720,7 @@ def _forget_span(state: BankState, start: int, end: int, row: int | None) -> Ban
             segment_start = counters.seen - 1 - (counters.seen - 1) % state.settings.segment_length
             stored = [i for i in range(state.queries.shape[2]) if first <= segment_start + QUERY_STRIDE * i < last]
             state.queries[index, :, stored] = 0
+            state.complexity[index, :, stored] = 0
     entries = state.entries
     for name in ("salience", "salience_bias", "usage"):
         getattr(entries, name).masked_fill_(gone, 0)

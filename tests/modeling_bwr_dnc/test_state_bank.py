@@ -345,3 +345,47 @@ def test_caches_on_several_devices_are_not_stacked():
     model = small_model()
     with pytest.raises(ValueError, match="move one with `to`"):
         StateBankCache.stack([read(model), read(model).to("meta")])
+
+
+def test_a_memory_is_moved_to_devices_only():
+    cache = read(small_model())
+    before = cache.clone()
+    with pytest.raises(ValueError, match="takes a device, but was given torch.float64"):
+        cache.to(torch.float64)
+    assert all(a.dtype == b.dtype for a, b in zip(_tensors(cache), _tensors(before), strict=True))
+    assert {tensor.device.type for tensor in _tensors(cache.to(torch.device("meta")))} == {"meta"}
+
+
+def _tensors(cache: StateBankCache) -> list[torch.Tensor]:
+    return [tensor for state in cache.states for tensor in state.tensors().values()]
+
+
+def test_a_memory_may_be_in_a_folder_within_a_folder(saved):
+    _, cache, folder = saved
+    loaded = StateBankCache.from_pretrained(folder.parent, subfolder=folder.name)
+    assert loaded.tokens() == cache.tokens()
+    with pytest.raises(ValueError, match="elsewhere' has no state_bank.json"):
+        StateBankCache.from_pretrained(folder.parent, subfolder="elsewhere")
+
+
+def test_caches_stacked_know_the_weights_that_any_of_them_knows(saved):
+    model, cache, folder = saved
+    unknown, loaded = read(small_model(seed=5)), StateBankCache.from_pretrained(folder)
+    gc.collect()
+    assert unknown.weights_fingerprint is None
+    stacked = StateBankCache.stack([unknown, loaded])
+    assert stacked.weights_fingerprint == loaded.weights_fingerprint == cache.weights_fingerprint
+    other = small_model(seed=6)
+    with pytest.raises(ValueError, match="different weights"):
+        StateBankCache.stack([unknown, loaded, read(other)])
+
+
+def test_a_memory_that_is_reset_is_of_no_weights(saved):
+    cache, other = StateBankCache.from_pretrained(saved[2]), small_model(seed=6)
+    cache.reset()
+    with torch.no_grad():
+        other(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    assert cache.weights_fingerprint == fingerprint_weights(other.model)
+    del other
+    gc.collect()
+    assert cache.weights_fingerprint is None
