@@ -861,6 +861,9 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             cache = StateBankCache(config=self.config)
         elif not keeps_cache:
             cache = StateBankCache.wrap(cache).clone()
+        if inputs["position_ids"] is not None:
+            # They may reach back over the history, as a mask may.
+            inputs = inputs | {"position_ids": inputs["position_ids"][:, -num_tokens:]}
         mask = inputs["attention_mask"]
         num_before = 0 if mask is None or mask.dim() != 2 else mask.shape[1] - num_tokens
         kept: list[torch.Tensor] = []
@@ -902,11 +905,30 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
 
     def _get_candidate_generator(self, *args, **kwargs):
         generator = super()._get_candidate_generator(*args, **kwargs)
-        # Of a longer draft the memory could not take back what is rejected.
-        for name in ("num_assistant_tokens", "num_output_tokens"):
-            if hasattr(generator, name):
-                setattr(generator, name, min(getattr(generator, name), self.config.segment_length))
+        update = generator.update_candidate_strategy
+
+        def limit_draft() -> None:
+            """Of a longer draft the memory could not take back what is rejected."""
+            for name in ("num_assistant_tokens", "num_output_tokens"):
+                if hasattr(generator, name):
+                    setattr(generator, name, min(getattr(generator, name), self.config.segment_length))
+
+        def update_candidate_strategy(*args, **kwargs) -> None:
+            update(*args, **kwargs)
+            limit_draft()
+
+        limit_draft()
+        generator.update_candidate_strategy = update_candidate_strategy
         return generator
+
+    def _prepare_generated_length(self, generation_config, *args, **kwargs):
+        if generation_config.is_assistant and generation_config.max_new_tokens is not None:
+            # This model drafts for another, which may reject all of it: see `_get_candidate_generator`.
+            for name in ("max_new_tokens", "min_new_tokens"):
+                setattr(
+                    generation_config, name, min(getattr(generation_config, name) or 0, self.config.segment_length)
+                )
+        return super()._prepare_generated_length(generation_config, *args, **kwargs)
 
     # The library looks at the names of its parameters.
     @functools.wraps(GenerationMixin._assisted_decoding)
@@ -927,14 +949,17 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
         return finished_rows
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        options = dict(model_kwargs)
         # The model reads long prompts in blocks by itself, which knows better where a history ends.
         if generation_config.prefill_chunk_size is not None:
-            model_kwargs["read_block_length"] = generation_config.prefill_chunk_size
+            options["read_block_length"] = generation_config.prefill_chunk_size
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
-        outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        model_kwargs.pop("read_block_length", None)
-        return outputs
+        # The library has dropped a mask of ones, but one wider than the ids says that all of these are new.
+        mask_length = getattr(generation_config, "_mask_length", 0)
+        if options.get("attention_mask") is None and mask_length > input_ids.shape[1]:
+            options["attention_mask"] = input_ids.new_ones(len(input_ids), mask_length)
+        return super()._prefill(input_ids, generation_config, options, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

@@ -17,11 +17,13 @@ def read_tokens(
     on_progress: Callable[[int], object] | None = None,
     **forward_options,
 ) -> None:
-    """Read `token_ids` [1, T] into `cache`, in blocks.
+    """Read `token_ids` [1, T] into `cache`, in blocks; none are no mistake.
 
     Args:
         on_progress: called after every block with the number of tokens it held.
     """
+    if token_ids.shape[1] == 0:
+        return
     for block in token_ids.split(4 * model.config.segment_length, dim=1):
         model(block.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1, **forward_options)
         if on_progress is not None:
@@ -43,14 +45,14 @@ def continue_text(
     Afterwards `cache` holds all of it, the last written token included, so that the next call goes on seamlessly.
     """
     memory: dict = {} if use_memory else {"use_memory": False}
-    if token_ids.shape[1] > 1:
-        read_tokens(model, token_ids[:, :-1], cache, on_progress, **memory)
+    read_tokens(model, token_ids[:, :-1], cache, on_progress, **memory)
     before = cache.get_seq_length()
     last = token_ids[:, -1:].to(model.device)
     generation_options.setdefault("pad_token_id", tokenizer.pad_token_id)
     sequence = model.generate(
         last,
-        attention_mask=torch.ones_like(last),
+        # As wide as the history: the last token is a new one, even where what was read is equal to it.
+        attention_mask=last.new_ones(1, before + 1),
         past_key_values=cache,
         streamer=streamer,
         **memory,

@@ -412,6 +412,22 @@ def test_forgotten_tokens_are_gone(seed, data):
     assert not any(start <= position < end for slot in cache.tokens() for position in slot["positions"])
 
 
+@given(SEEDS)
+def test_nothing_depends_on_which_token_was_forgotten(seed):
+    model = random_model(seed, max_slots=12, max_segment=16)
+    before = token_ids(overflowing_length(model.config, rest=0), seed)
+    length, later = before.shape[1], token_ids(5 * model.config.segment_length, seed + 1)
+    caches = []
+    for last in (5, 41):
+        # Nothing has been read since, so that it lives on in no other token.
+        cache = read(model, torch.cat((before, torch.tensor([[last]])), dim=1))[1]
+        cache.forget(length, length + 1)
+        caches.append(cache)
+    logits = [read(model, later, cache=cache)[0] for cache in caches]
+    assert_close(*logits)
+    assert_same_bank(*caches, but="history")
+
+
 def test_a_row_forgets_alone():
     model, more = tiny_model(tiny_config()), token_ids(9, seed=7)
     caches = [read(model, token_ids(40, seed))[1] for seed in range(2)]
@@ -804,6 +820,32 @@ def test_every_way_of_decoding_gives_the_greedy_tokens_over_a_full_bank(seed):
             assert_same_bank(output.past_key_values, expected.past_key_values, but="conv_inputs")
     beams = {"num_beams": 3, "do_sample": False, "max_new_tokens": 20, "num_return_sequences": 2}
     assert torch.equal(model.generate(prompt, **beams), model.generate(prompt, use_cache=False, **beams))
+
+
+def test_drafts_are_no_longer_than_either_memory_can_take_back():
+    model, prompt = tiny_model(tiny_config()), token_ids(60)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = exact_llama(LlamaConfig(**shape, vocab_size=model.config.vocab_size, eos_token_id=None))
+    settings = {"do_sample": False, "max_new_tokens": 20}
+    for main, segment_length in ((model, 2), (llama, 4)):
+        assistant = tiny_model(tiny_config(segment_length=segment_length), 1)
+        assistant.generation_config.update(num_assistant_tokens=20, assistant_confidence_threshold=0.0)
+        found = main.generate(prompt, **settings, assistant_model=assistant)
+        assert torch.equal(found, main.generate(prompt, **settings))
+
+
+@pytest.mark.parametrize("schedule", ["heuristic", "heuristic_transient"])
+def test_drafts_that_grow_with_success_stay_within_a_segment(schedule):
+    for seed in range(3):
+        model, assistant, prompt = *(tiny_model(tiny_config(), seed) for _ in range(2)), token_ids(30, seed)
+        # Mostly right, so that drafts grow, and then wrong.
+        torch.manual_seed(seed)
+        assistant.lm_head.weight.data += 0.3 * torch.randn_like(assistant.lm_head.weight)
+        settings = {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": schedule}
+        assistant.generation_config.update(**settings, assistant_confidence_threshold=0.0)
+        settings = {"do_sample": False, "max_new_tokens": 40}
+        expected = model.generate(prompt, **settings)
+        assert torch.equal(model.generate(prompt, **settings, assistant_model=assistant), expected)
 
 
 @given(SEEDS)

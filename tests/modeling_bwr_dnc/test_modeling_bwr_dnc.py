@@ -264,6 +264,27 @@ def test_a_long_input_is_read_in_blocks_with_the_same_result(model):
             )
 
 
+def test_positions_of_the_whole_history_start_nothing_anew_in_any_block():
+    model, ids = tiny_model(tiny_config()), token_ids(90)
+    caches = [StateBankCache(config=model.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache, options in zip(caches, ({}, {"logits_to_keep": 1, "read_block_length": 11}), strict=True):
+            model(ids[:, :20], past_key_values=cache)
+            model(ids[:, 20:], past_key_values=cache, position_ids=torch.arange(90)[None], **options)
+    assert_same_bank(*caches)
+
+
+def test_a_mask_of_the_whole_history_says_that_equal_ids_are_new(model):
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 8]])
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, **settings)[:, 7:]
+    cache = StateBankCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :3], past_key_values=cache)
+    found = model.generate(ids[:, 3:], attention_mask=torch.ones(1, 7).long(), past_key_values=cache, **settings)
+    assert torch.equal(found[:, 4:], expected) and cache.get_seq_length() == 10
+
+
 @pytest.mark.parametrize("last_layer", ["state_bank_attention", "sink_window_attention"])
 @pytest.mark.parametrize("num_kept", [0, 1, 5])
 def test_hidden_states_that_are_not_kept_leave_the_memory_as_it_is(last_layer, num_kept):

@@ -67,6 +67,21 @@ def test_single_token_prompt_is_continued(model, tokenizer):
     assert cache.get_seq_length() == 1 + written.shape[1]
 
 
+def test_a_last_token_like_all_before_is_continued(model, tokenizer):
+    ids = torch.tensor([[65, 65]])
+    written = continue_text(model, tokenizer, ids, StateBankCache(config=model.config), **GREEDY)
+    assert torch.equal(written, model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[:, 2:])
+
+
+def test_a_turn_that_ends_with_nothing_but_what_the_reply_ends_with_is_closed(model, tokenizer):
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '<|im_end|>' }}{% endfor %}"
+    reply = torch.tensor([[65, tokenizer.eos_token_id]])
+    cache = StateBankCache(config=model.config)
+    read_tokens(model, reply, cache)
+    read_tokens(model, close_chat_turn(tokenizer, reply), cache)
+    assert cache.get_seq_length() == 2
+
+
 def test_turns_of_a_chat_add_up_to_the_template_of_the_whole(tokenizer):
     reply = tokenizer("It is.", return_tensors="pt").input_ids
     turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
