@@ -18,6 +18,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,9 +32,9 @@ from modeling_bwr_dnc.evaluation.measuring import (
     measure_loss,
     measure_pairs_and_slots,
 )
-from modeling_bwr_dnc.evaluation.policies import CONTROLS, POLICIES
+from modeling_bwr_dnc.evaluation.policies import CONTROLS, PINNED, POLICIES
 from modeling_bwr_dnc.evaluation.recall import measure_budgets, measure_recall
-from modeling_bwr_dnc.evaluation.report import write_report
+from modeling_bwr_dnc.evaluation.report import named, write_report
 from modeling_bwr_dnc.evaluation.sessions import measure_sessions
 from modeling_bwr_dnc.tasks import TASKS, Passkey, Task, TextNeedle
 from modeling_bwr_dnc.texts import python_manual, read_text_file
@@ -111,6 +112,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     else:
         model, tokenizer = load_bare_model(arguments.model, arguments.device), None
     use_budget(model, arguments)
+    if PINNED in (arguments.policies or ()) and not set(arguments.measures) <= {"facts", "sessions"}:
+        raise ValueError(
+            f"--policies has {PINNED}, which needs to know where answers stand; measure only facts or sessions with it"
+        )
     policies = [*(arguments.policies or CONTROLS), *(f"score:{score}" for score in arguments.score)]
     shares = "" if model.config.slot_shares is None else f", by layer times {model.config.slot_shares}"
     facts = {
@@ -125,16 +130,34 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     measurements: dict[str, list[dict]] = {}
-    begin, written = time.monotonic(), []
-    for measure in arguments.measures:
-        print(f"measuring {measure} ...", flush=True)
-        measurements |= MEASURING[measure](arguments, model, tokenizer, policies)
-        facts["seconds"] = round(time.monotonic() - begin)
-        # After every measure, so that an interrupted run leaves what it has measured.
-        results = {"title": f"Memory of {Path(arguments.model).name}", "facts": facts, "measurements": measurements}
-        written = write_report(results, arguments.output)
-    for path in written:
-        print(f"wrote {path}")
+    begin = time.monotonic()
+    try:
+        for measure in arguments.measures:
+            print(f"measuring {measure} ...", flush=True)
+            num_found = 0
+            for name, record in MEASURING[measure](arguments, model, tokenizer, policies):
+                measurements.setdefault(name, []).append(record)
+                num_found += 1
+                print(f"  {described(record)}", flush=True)
+            if not num_found:
+                print(f"  nothing: all of --lengths are beyond --full-limit {arguments.full_limit}")
+    finally:
+        # An interrupted run leaves what it has measured.
+        if measurements:
+            facts["seconds"] = round(time.monotonic() - begin)
+            results = {
+                "title": f"Memory of {Path(arguments.model).name}",
+                "facts": facts,
+                "measurements": measurements,
+            }
+            for path in write_report(results, arguments.output):
+                print(f"wrote {path}")
+
+
+def described(record: dict) -> str:
+    """A record as a line to follow a run by."""
+    values = {name: f"{value:,.3f}" if isinstance(value, float) else named(value) for name, value in record.items()}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
 
 
 def _token_ids(arguments: argparse.Namespace, tokenizer) -> list[int]:
@@ -142,7 +165,11 @@ def _token_ids(arguments: argparse.Namespace, tokenizer) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def _loss(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+# Each gives the name of a measurement and a record of it, one after the other, as soon as it is known.
+Found = Iterator[tuple[str, dict]]
+
+
+def _loss(arguments, model, tokenizer, policies) -> Found:
     token_ids, longest = _token_ids(arguments, tokenizer), max(arguments.lengths)
     if len(token_ids) < longest:
         raise ValueError(
@@ -153,74 +180,68 @@ def _loss(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
         edges.append(edge)
         edge *= 2
     input_ids = torch.tensor([token_ids[:longest]])
-    return {"loss_by_position": measure_loss(model, input_ids, policies, edges, arguments.full_limit)}
+    for record in measure_loss(model, input_ids, policies, edges, arguments.full_limit):
+        yield "loss_by_position", record
 
 
-def _passkey(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    return {"passkey": _depths(Passkey(tokenizer=tokenizer, seed=arguments.seed), arguments, model, policies)}
+def _passkey(arguments, model, tokenizer, policies) -> Found:
+    return _depths("passkey", Passkey(tokenizer=tokenizer, seed=arguments.seed), arguments, model, policies)
 
 
-def _needle(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+def _needle(arguments, model, tokenizer, policies) -> Found:
     text = None if arguments.text is None else read_text_file(arguments.text)
     task = TextNeedle(tokenizer=tokenizer, seed=arguments.seed, kind=arguments.kind, text=text)
-    return {f"needle_{arguments.kind or 'any'}": _depths(task, arguments, model, policies)}
+    return _depths(f"needle_{arguments.kind or 'any'}", task, arguments, model, policies)
 
 
-def _facts(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    token_ids = _token_ids(arguments, tokenizer)
-    options = {"num_texts": arguments.rows, "seed": arguments.seed, "full_limit": arguments.full_limit}
-    by_depth, by_kind = measure_recall(model, tokenizer, token_ids, policies, arguments.lengths, **options)
-    return {"facts": by_depth, "facts_by_kind": by_kind}
-
-
-def _sessions(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    token_ids = _token_ids(arguments, tokenizer)
-    options = {"num_texts": arguments.rows, "seed": arguments.seed, "full_limit": arguments.full_limit}
-    records = measure_sessions(
-        model, tokenizer, token_ids, policies, arguments.lengths, model_name=arguments.model, **options
-    )
-    same = sum(round(record["same"] * record["answers"]) for record in records)
-    print(
-        f"  {same} of {sum(record['answers'] for record in records)} answers are those without the break, bit for bit"
-    )
-    return {"sessions": records}
-
-
-def _budgets(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
-    token_ids = _token_ids(arguments, tokenizer)
-    length, options = max(arguments.lengths), {"num_texts": arguments.rows, "seed": arguments.seed}
-
-    def say(point: dict) -> None:
-        print(
-            f"  {point['policy']}, {point['slots']:,} slots: {point['state_bytes'] / 1e6:.1f} MB, {point['exact']:.3f} of the facts, "
-            f"perplexity {point['perplexity']:.3f}",
-            flush=True,
-        )
-
-    records = measure_budgets(
-        model, tokenizer, token_ids, policies, arguments.budgets, length, on_point=say, **options
-    )
-    return {f"budgets_at_{length}": records}
-
-
-def _depths(task: Task, arguments, model, policies) -> list[dict]:
-    return measure_depths(
+def _depths(name: str, task: Task, arguments, model, policies) -> Found:
+    for record in measure_depths(
         model, task, policies, arguments.lengths, arguments.depths, arguments.rows, arguments.full_limit
-    )
+    ):
+        yield name, record
 
 
-def _accuracy(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+def _texts(arguments, tokenizer) -> dict:
+    """What facts are asked for in."""
+    options = {"lengths": arguments.lengths, "num_texts": arguments.rows, "full_limit": arguments.full_limit}
+    return options | {"token_ids": _token_ids(arguments, tokenizer), "seed": arguments.seed}
+
+
+def _facts(arguments, model, tokenizer, policies) -> Found:
+    for record in measure_recall(model, tokenizer, policies=policies, **_texts(arguments, tokenizer)):
+        yield "facts_by_kind" if "kind" in record else "facts", record
+
+
+def _sessions(arguments, model, tokenizer, policies) -> Found:
+    same = answers = 0
+    for record in measure_sessions(
+        model, tokenizer, policies=policies, model_name=arguments.model, **_texts(arguments, tokenizer)
+    ):
+        same, answers = same + round(record["same"] * record["answers"]), answers + record["answers"]
+        yield "sessions", record
+    print(f"  {same} of {answers} answers are those without the break, bit for bit")
+
+
+def _budgets(arguments, model, tokenizer, policies) -> Found:
+    token_ids, length = _token_ids(arguments, tokenizer), max(arguments.lengths)
+    for record in measure_budgets(
+        model, tokenizer, token_ids, policies, arguments.budgets, length, arguments.rows, arguments.seed
+    ):
+        yield f"budgets_at_{length}", record
+
+
+def _accuracy(arguments, model, tokenizer, policies) -> Found:
     task = chosen_task(arguments, model, tokenizer)
-    records = measure_lengths(model, task, policies, arguments.lengths, arguments.rows, arguments.full_limit)
-    return {f"{task.name}_by_length": records}
+    for record in measure_lengths(model, task, policies, arguments.lengths, arguments.rows, arguments.full_limit):
+        yield f"{task.name}_by_length", record
 
 
-def _pairs(arguments, model, tokenizer, policies) -> dict[str, list[dict]]:
+def _pairs(arguments, model, tokenizer, policies) -> Found:
     task = dataclasses.replace(chosen_task(arguments, model, tokenizer), length=max(arguments.lengths))
     if not hasattr(task, "num_pairs"):
         raise ValueError(f"the task {task.name!r} has no pairs; use lookup or mqar")
-    records = measure_pairs_and_slots(model, task, policies, arguments.pairs, arguments.slots, arguments.rows)
-    return {f"{task.name}_pairs_by_slots": records}
+    for record in measure_pairs_and_slots(model, task, policies, arguments.pairs, arguments.slots, arguments.rows):
+        yield f"{task.name}_pairs_by_slots", record
 
 
 MEASURING = {

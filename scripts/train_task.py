@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_bwr_dnc.blocks import read_blocks
 from modeling_bwr_dnc.evaluation.measuring import task_accuracy
-from modeling_bwr_dnc.evaluation.peers import cache_nbytes
+from modeling_bwr_dnc.evaluation.peers import cache_nbytes, plain_cache_nbytes
 from modeling_bwr_dnc.evaluation.report import write_report
 from modeling_bwr_dnc.staging import complete_folder, write_text
 from modeling_bwr_dnc.tasks import TASKS, Task
@@ -151,7 +151,7 @@ def train_task(arguments: argparse.Namespace) -> None:
                 "model": kind,
                 "seed": seed,
                 "parameters": model.num_parameters(),
-                "state_bytes": state_bytes(model, _unseen(task)),
+                "state_bytes": state_bytes(kind, model, _unseen(task)),
                 "seconds": round(learned.seconds, 1),
                 "curve": learned.curve,
             }
@@ -220,8 +220,10 @@ def _results(arguments, task: Task, by_length: list[dict], by_pairs: list[dict],
     }
 
 
-def state_bytes(model: PreTrainedModel, task: Task) -> int:
-    """Bytes that a model carries on after reading a row."""
+def state_bytes(kind: str, model: PreTrainedModel, task: Task) -> int:
+    """Bytes that a model carries on after reading a row; full attention those of its keys and values."""
+    if kind == "full":
+        return plain_cache_nbytes(model, task.length)
     row = torch.tensor([task.row(0)["input_ids"]])
     for _, _, cache in read_blocks(model, row):
         carried = cache_nbytes(cache)

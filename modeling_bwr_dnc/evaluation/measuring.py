@@ -86,7 +86,7 @@ def task_accuracy(model: PreTrainedModel, task: Task, num_rows: int, batch_size:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measurements: lists of flat records, one per point
+# Measurements: flat records, one per point, each as soon as it is known; a point that cannot be is refused before the first
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +106,7 @@ def measure_loss(
     policies: Sequence[str],
     edges: Sequence[int],
     full_limit: int | None = None,
-) -> list[dict]:
+) -> Iterator[dict]:
     """
     Loss by position, under each policy.
 
@@ -115,7 +115,6 @@ def measure_loss(
         edges: bounds of the buckets of positions, ascending.
         full_limit: the longest text that the policy `full` is run on; it gets the beginning of longer ones.
     """
-    records = []
     for policy in policies:
         length = input_ids.shape[1]
         if policy == "full" and full_limit is not None:
@@ -124,8 +123,8 @@ def measure_loss(
             continue
         with settings_changed(model, **policy_settings(model, policy, length)):
             losses = token_losses(model, input_ids[:, :length])
-        records += [{"policy": policy, **bucket} for bucket in loss_by_position(losses.tolist(), edges)]
-    return records
+        for bucket in loss_by_position(losses.tolist(), edges):
+            yield {"policy": policy, **bucket}
 
 
 def measure_depths(
@@ -136,14 +135,14 @@ def measure_depths(
     depths: Sequence[float],
     num_rows: int,
     full_limit: int | None = None,
-) -> list[dict]:
+) -> Iterator[dict]:
     """Accuracy of a task with a `depth`, by length and depth, under each policy."""
-    return [
-        {"policy": policy, "length": length, "depth": depth}
-        | _accuracy(model, replace(task, length=length, depth=depth), policy, num_rows)  # type: ignore[call-arg]
+    tasks = [
+        ({"policy": policy, "length": length, "depth": depth}, replace(task, length=length, depth=depth))  # type: ignore[call-arg]
         for policy, length in points(policies, lengths, full_limit)
         for depth in depths
     ]
+    return _accuracies(model, tasks, num_rows)
 
 
 def measure_lengths(
@@ -153,12 +152,13 @@ def measure_lengths(
     lengths: Sequence[int],
     num_rows: int,
     full_limit: int | None = None,
-) -> list[dict]:
+) -> Iterator[dict]:
     """Accuracy of a task by length, under each policy."""
-    return [
-        {"policy": policy, "length": length} | _accuracy(model, replace(task, length=length), policy, num_rows)
+    tasks = [
+        ({"policy": policy, "length": length}, replace(task, length=length))
         for policy, length in points(policies, lengths, full_limit)
     ]
+    return _accuracies(model, tasks, num_rows)
 
 
 def measure_pairs_and_slots(
@@ -168,20 +168,28 @@ def measure_pairs_and_slots(
     pairs: Sequence[int],
     slots: Sequence[int],
     num_rows: int,
-) -> list[dict]:
+) -> Iterator[dict]:
     """Accuracy of a task with `num_pairs` by the pairs of a row and the raw slots of the model, compressed levels off."""
-    records = []
-    for num_slots in slots:
-        with settings_changed(model, memory_slots=[num_slots, 0, 0]):
-            records += [
-                {"policy": policy, "slots": num_slots, "pairs": num_pairs}
-                | _accuracy(model, replace(task, num_pairs=num_pairs), policy, num_rows)  # type: ignore[call-arg]
-                for policy in policies
-                for num_pairs in pairs
-            ]
-    return records
+    tasks = [
+        ({"policy": policy, "slots": num_slots, "pairs": num_pairs}, replace(task, num_pairs=num_pairs))  # type: ignore[call-arg]
+        for num_slots in slots
+        for policy in policies
+        for num_pairs in pairs
+    ]
+    return _accuracies(model, tasks, num_rows)
 
 
-def _accuracy(model: PreTrainedModel, task: Task, policy: str, num_rows: int) -> dict[str, float]:
-    with settings_changed(model, **policy_settings(model, policy, task.length)):
-        return task_accuracy(model, task, num_rows)
+def _accuracies(model: PreTrainedModel, tasks: Sequence[tuple[dict, Task]], num_rows: int) -> Iterator[dict]:
+    """Accuracy of each task, under the policy, and with the raw slots, if any, of the point that it stands for."""
+    for point, task in tasks:
+        policy_settings(model, point["policy"], task.length)
+        # Texts say only then that a length has no room for them.
+        task.row(0)
+    for point, task in tasks:
+        budget = {"memory_slots": [point["slots"], 0, 0]} if "slots" in point else {}
+        with (
+            settings_changed(model, **budget),
+            settings_changed(model, **policy_settings(model, point["policy"], task.length)),
+        ):
+            found = task_accuracy(model, task, num_rows)
+        yield point | found

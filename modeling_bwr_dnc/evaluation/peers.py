@@ -208,6 +208,13 @@ def decoded_token_bytes(
     return weights + 2.0 * batch_size * config.num_key_value_heads * config.head_dim * visible * itemsize
 
 
+def plain_cache_nbytes(model: PreTrainedModel, num_tokens: int) -> int:
+    """Bytes of a growing cache with the keys and values of `num_tokens` tokens of one row, and nothing else."""
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return num_tokens * per_token * model.get_output_embeddings().weight.element_size()
+
+
 def cache_nbytes(cache) -> int:
     """Bytes of every tensor that a cache holds, each storage once. Of a view, what it shows: the next token copies that alone."""
     if hasattr(cache, "nbytes"):

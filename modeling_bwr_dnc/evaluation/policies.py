@@ -12,7 +12,7 @@ CONTROLS = {
     "full": "full attention: slots that hold everything",
     "window": "sinks and window only",
     "equal_slot_window": "sinks and a longer window: all slots raw, filled with the most recent tokens",
-    "random": "equal slots and levels, evicted at random",
+    "random": "equal slots and levels, evicted at random: in every row and with every seed the same places, others in each layer and head",
 }
 # Where salience does not decide what stays, it does not weigh what is read either.
 UNSALIENT = {"attention_boost": 0.0, "use_salience": False}

@@ -8,7 +8,6 @@ counted apart, too.
 
 import math
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -23,6 +22,7 @@ from ..settings import settings_changed
 from ..state_bank import StateBankCache
 from .measuring import points, read_losses
 from .metrics.answer_accuracy.answer_accuracy import answer_accuracy
+from .peers import plain_cache_nbytes
 from .policies import PINNED, policy_settings
 
 CHOICES = {
@@ -193,25 +193,28 @@ def asked_by_depth(
     seed: int,
     full_limit: int | None,
     ask: Callable[[StateBankCache, list[Fact], dict], list],
-) -> Iterator[tuple[dict, list]]:
+) -> Iterator[tuple[dict, dict[float, list]]]:
     """
-    Every policy, length and depth (0 far, 1 near), as a record begins, with what was found for the fact there in each text.
+    Every policy and length, as a record begins, with what was found, by depth (0 far, 1 near), for the fact there in each text.
 
     Args:
         policies: `PINNED` is known, too.
         ask: gives something for each fact, from the memory of a text; it gets the settings of the policy, too, under which the
             model runs meanwhile.
     """
-    for policy, length in points(policies, lengths, full_limit):
+    asked = points(policies, lengths, full_limit)
+    for _, length in asked:
+        # Whether the text is long enough is known before anything is read.
+        text_to_recall(tokenizer, token_ids, length, random.Random(seed))
+    for policy, length in asked:
         settings = {} if policy == PINNED else policy_settings(model, policy, length)
         found = []
         with settings_changed(model, **settings):
             for text, is_fact, facts in texts_to_recall(tokenizer, token_ids, length, num_texts, seed):
                 cache = memory_of(model, torch.tensor([text]), is_fact if policy == PINNED else None)
                 found.append(ask(cache, facts, settings))
-        for index, at_depth in enumerate(zip(*found)):
-            depth = round((index + 0.5) / len(KINDS), 2)
-            yield {"policy": policy, "length": length, "depth": depth}, list(at_depth)
+        by_depth = {round((index + 0.5) / len(KINDS), 2): list(there) for index, there in enumerate(zip(*found))}
+        yield {"policy": policy, "length": length}, by_depth
 
 
 def measure_recall(
@@ -223,10 +226,10 @@ def measure_recall(
     num_texts: int,
     seed: int = 0,
     full_limit: int | None = None,
-) -> tuple[list[dict], list[dict]]:
+) -> Iterator[dict]:
     """
-    Share of facts recalled under each policy, from `num_texts` texts per length: by length and depth (0 far, 1 near), and by length
-    and kind.
+    Share of facts recalled under each policy, from `num_texts` texts per length: by length and depth (0 far, 1 near), and, in further
+    records, by length and kind.
     """
 
     def ask(cache: StateBankCache, facts: list[Fact], settings: dict) -> list[tuple[str, Answer]]:
@@ -234,17 +237,14 @@ def measure_recall(
             (fact.kind, answer_from(answer_logits(model, tokenizer, cache, fact), tokenizer, fact)) for fact in facts
         ]
 
-    by_depth, of_kind = [], defaultdict(list)
-    found = asked_by_depth(model, tokenizer, token_ids, policies, lengths, num_texts, seed, full_limit, ask)
-    for point, answers in found:
-        by_depth.append(point | accuracy([answer for _, answer in answers]))
-        for kind, answer in answers:
-            of_kind[point["policy"], point["length"], kind].append(answer)
-    by_kind = [
-        {"policy": policy, "length": length, "kind": kind} | accuracy(answers)
-        for (policy, length, kind), answers in sorted(of_kind.items(), key=lambda item: list(KINDS).index(item[0][2]))
-    ]
-    return by_depth, by_kind
+    for point, by_depth in asked_by_depth(
+        model, tokenizer, token_ids, policies, lengths, num_texts, seed, full_limit, ask
+    ):
+        for depth, answers in by_depth.items():
+            yield point | {"depth": depth} | accuracy([answer for _, answer in answers])
+        everywhere = [answer for answers in by_depth.values() for answer in answers]
+        for kind in KINDS:
+            yield point | {"kind": kind} | accuracy([answer for its_kind, answer in everywhere if its_kind == kind])
 
 
 def measure_budgets(
@@ -256,29 +256,31 @@ def measure_budgets(
     length: int,
     num_texts: int,
     seed: int = 0,
-    on_point: Callable[[dict], object] | None = None,
-) -> list[dict]:
+) -> Iterator[dict]:
     """
     Facts recalled and loss of a text's second half, against the bytes of the memory, by slots (shared out among the levels as the
     model's are, unless a policy says otherwise) and policy. `full` and `window`, whose bytes do not depend on the slots, are
-    measured once.
+    measured once; of `full` they are those of a cache that holds keys and values and nothing else.
     """
-    records, shares = [], list(model.config.memory_slots)
+    shares = list(model.config.memory_slots)
     texts = list(texts_to_recall(tokenizer, token_ids, length, num_texts, seed))
-    for number, num_slots in enumerate(budgets):
-        with settings_changed(model, memory_slots=shared_out(num_slots, shares)):
-            for policy in policies:
-                if number and policy in ("full", "window"):
-                    continue
-                with settings_changed(model, **policy_settings(model, policy, length)):
-                    found = [recalled(model, tokenizer, text, facts) for text, _, facts in texts]
-                loss = fmean(text.loss_from(length // 2) for text in found)
-                record = {"policy": policy, "slots": num_slots, "state_bytes": found[0].state_bytes}
-                record |= accuracy([answer for text in found for answer in text.answers])
-                records.append(record | {"loss": loss, "perplexity": math.exp(loss)})
-                if on_point is not None:
-                    on_point(records[-1])
-    return records
+    asked = [
+        (num_slots, policy)
+        for number, num_slots in enumerate(budgets)
+        for policy in policies
+        if not number or policy not in ("full", "window")
+    ]
+    for num_slots, policy in asked:
+        with (
+            settings_changed(model, memory_slots=shared_out(num_slots, shares)),
+            settings_changed(model, **policy_settings(model, policy, length)),
+        ):
+            found = [recalled(model, tokenizer, text, facts) for text, _, facts in texts]
+        loss = fmean(text.loss_from(length // 2) for text in found)
+        held = plain_cache_nbytes(model, len(texts[0][0])) if policy == "full" else found[0].state_bytes
+        record = {"policy": policy, "slots": num_slots, "state_bytes": held}
+        record |= accuracy([answer for text in found for answer in text.answers])
+        yield record | {"loss": loss, "perplexity": math.exp(loss)}
 
 
 def shared_out(num_slots: int, shares: Sequence[int]) -> list[int]:

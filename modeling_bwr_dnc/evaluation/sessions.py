@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ def measure_sessions(
     model_name: str,
     seed: int = 0,
     full_limit: int | None = None,
-) -> list[dict]:
+) -> Iterator[dict]:
     """
     What `measure_recall` does, but a new process answers; `same` is the share of answers whose logits equal, bit for bit, those
     without the break.
@@ -55,13 +55,12 @@ def measure_sessions(
             for fact, logits, expected in zip(facts, there, here, strict=True)
         ]
 
-    records = []
-    for point, found in asked_by_depth(
+    for point, by_depth in asked_by_depth(
         model, tokenizer, token_ids, policies, lengths, num_texts, seed, full_limit, ask
     ):
-        answers, same = zip(*found)
-        records.append(point | {"same": sum(same) / len(same)} | accuracy(answers))
-    return records
+        for depth, found in by_depth.items():
+            answers, same = zip(*found)
+            yield point | {"depth": depth, "same": sum(same) / len(same)} | accuracy(answers)
 
 
 def answered_elsewhere(

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from modeling_bwr_dnc.evaluation.policies import CONTROLS
+from modeling_bwr_dnc.evaluation.recall import memory_of
 from scripts import evaluate
 from scripts.command_line import load_model
 
@@ -68,8 +71,12 @@ def test_facts_and_loss_against_bytes(call, tiny_model, tmp_path):
     assert records[0]["state_bytes"] == records[1]["state_bytes"] and records[0]["loss"] != records[1]["loss"]
     small, large = (next(r for r in records if (r["policy"], r["slots"]) == ("memory", slots)) for slots in (14, 28))
     assert small["state_bytes"] < large["state_bytes"] < records[3]["state_bytes"]
+    # Of full attention keys and values are counted, and nothing else that a bank holds.
+    config = load_model(str(tiny_model))[0].config
+    per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert records[3]["state_bytes"] % per_token == 0 and abs(records[3]["state_bytes"] / per_token - 700) < 20
     assert all(record["answers"] == 8 for record in records)
-    assert "memory, 28 slots" in printed and "| raw | 14 |" in (tmp_path / "results.md").read_text()
+    assert "policy memory, slots 28" in printed and "| raw | 14 |" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "budgets_at_700.png").stat().st_size > 0
 
 
@@ -94,10 +101,37 @@ def test_what_was_measured_outlives_a_later_failure(assert_refused, tiny_model, 
     assert json.loads((tmp_path / "results.json").read_text())["measurements"]["loss_by_position"][0]["loss"] > 0
 
 
+def test_what_was_measured_outlives_an_interruption(call, tiny_model, tmp_path, monkeypatch):
+    reads = []
+
+    def interrupted_at_the_third(*arguments):
+        reads.append(arguments)
+        if len(reads) == 3:
+            raise KeyboardInterrupt
+        return memory_of(*arguments)
+
+    monkeypatch.setattr("modeling_bwr_dnc.evaluation.recall.memory_of", interrupted_at_the_third)
+    arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "facts", "--lengths", 700, "--rows", 2]
+    code, _, errors = call(evaluate, *arguments, "--policies", "window", "memory")
+    assert code == 130, errors
+    measured = json.loads((tmp_path / "results.json").read_text())["measurements"]
+    assert {record["policy"] for record in measured["facts"]} == {"window"} and len(measured["facts_by_kind"]) == 8
+
+
+def test_a_text_too_short_for_the_last_length_is_refused_before_the_first_is_read(
+    assert_refused, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("modeling_bwr_dnc.evaluation.recall.memory_of", lambda *_: pytest.fail("read"))
+    arguments = ["--model", tiny_model, "--output", tmp_path, "--measures", "facts", "--policies", "memory"]
+    assert_refused("but a length of 9000000 needs", evaluate, *arguments, "--lengths", 700, 9_000_000)
+
+
 def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path / "out"]
     assert_refused("no model folder at", evaluate, "--model", tmp_path / "nowhere", "--output", tmp_path)
     assert_refused("the text has", evaluate, *arguments, "--text", document, "--lengths", 5000, "--measures", "loss")
+    pinned = ["--measures", "loss", "facts", "--policies", "pinned"]
+    assert_refused("measure only facts or sessions", evaluate, *arguments, *pinned)
     assert_refused("choose a --task", evaluate, *arguments, "--measures", "accuracy")
     wrong = ["--measures", "accuracy", "--task", "lookup", "--option", "colour=3"]
     assert_refused("has no setting 'colour'", evaluate, *arguments, *wrong)

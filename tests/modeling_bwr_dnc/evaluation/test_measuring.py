@@ -148,7 +148,7 @@ def test_slots_shared_out_are_equalled_on_average(model, input_ids):
 
 
 def test_full_attention_without_a_length_to_run_at_is_left_out(model, input_ids):
-    records = measure_loss(model, input_ids, ["full", "window"], [0, 32], full_limit=0)
+    records = list(measure_loss(model, input_ids, ["full", "window"], [0, 32], full_limit=0))
     assert {record["policy"] for record in records} == {"window"}
 
 
@@ -166,12 +166,12 @@ def test_salience_has_no_say_in_what_does_not_keep_by_it(model, input_ids, polic
 
 def test_every_policy_runs_and_an_unknown_one_is_refused(model, input_ids):
     policies = [policy for policy in POLICIES if policy != PINNED]
-    losses = {policy: measure_loss(model, input_ids, [policy], [0])[0]["loss"] for policy in policies}
+    losses = {policy: next(measure_loss(model, input_ids, [policy], [0]))["loss"] for policy in policies}
     assert len({round(loss, 6) for name, loss in losses.items() if name in CONTROLS}) == len(CONTROLS)
     with pytest.raises(ValueError, match="the policy is 'best'"):
         policy_settings(model, "best", 10)
     with pytest.raises(ValueError, match="where answers stand"):
-        measure_loss(model, input_ids, [PINNED], [0])
+        next(measure_loss(model, input_ids, [PINNED], [0]))
 
 
 def test_measurements_have_a_record_per_point(model, input_ids):
@@ -201,5 +201,13 @@ def test_slots_of_the_grid_are_those_measured(model, monkeypatch):
 
     monkeypatch.setattr("modeling_bwr_dnc.evaluation.measuring.task_accuracy", note)
     task = dataclasses.replace(Lookup(length=60, vocab_size=60), num_pairs=8)
-    measure_pairs_and_slots(model, task, ["memory", "equal_slot_window"], [8], [4, 16], num_rows=1)
+    list(measure_pairs_and_slots(model, task, ["memory", "equal_slot_window"], [8], [4, 16], num_rows=1))
     assert seen == [([4, 0, 0], 8), ([4, 0, 0], 8), ([16, 0, 0], 8), ([16, 0, 0], 8)]
+
+
+@pytest.mark.parametrize("changes", [{"depths": [0.5, 1.5]}, {"lengths": [30, 4]}, {"policies": ["window", "best"]}])
+def test_a_point_that_cannot_be_is_refused_before_any_is_measured(model, monkeypatch, changes):
+    monkeypatch.setattr("modeling_bwr_dnc.evaluation.measuring.task_accuracy", lambda *_: pytest.fail("measured"))
+    asked = {"policies": ["window"], "lengths": [30], "depths": [0.5]} | changes
+    with pytest.raises(ValueError, match="1.5|at least|best"):
+        next(measure_depths(model, Needle(vocab_size=60), **asked, num_rows=1))
