@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -169,18 +169,10 @@ def decode(
     return seconds
 
 
-def in_turns(
-    tasks: Mapping[str, Callable[[], float]], rounds: int, seconds_left: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Values of every task, taken A B A B; one round at least, and no further one that would take too long."""
-    values: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(rounds):
-        began = time.perf_counter()
-        for name, task in tasks.items():
-            values[name].append(task())
-        if time.perf_counter() - began > seconds_left():
-            break
-    return values
+def timed_in_child(settings: Settings, function: Callable[[], object]) -> dict:
+    """Seconds by the clock of `settings`, which are reported, and by the wall, by which the time limit goes."""
+    began = time.perf_counter()
+    return {"seconds": settings.timed(function), "wall_seconds": time.perf_counter() - began}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,8 +188,8 @@ def memory_of_training(settings: Settings, name: str, length: int, loss_kind: st
     ids, optimizer = settings.token_ids(1, length), new_optimizer(model, settings.optimizer)
     # A step on a few tokens first: an optimizer makes its state in its first step, after what would have been the peak.
     training_step(model, ids[:, :WARM_UP_LENGTH], loss_kind, optimizer)
-    seconds = settings.timed(lambda: training_step(model, ids, loss_kind, optimizer))
-    return {"seconds": seconds, "peak_bytes": machine.peak_memory(settings.device)}
+    seconds = timed_in_child(settings, lambda: training_step(model, ids, loss_kind, optimizer))
+    return seconds | {"peak_bytes": machine.peak_memory(settings.device)}
 
 
 def memory_of_reading(settings: Settings, name: str, length: int) -> dict:
@@ -205,9 +197,8 @@ def memory_of_reading(settings: Settings, name: str, length: int) -> dict:
     model, peer = settings.model(name), PEERS[name]
     read(peer, model, settings.token_ids(1, min(WARM_UP_LENGTH, length)))
     ids, caches = settings.token_ids(1, length), []
-    seconds = settings.timed(lambda: caches.append(read(peer, model, ids)[1]))
-    return {
-        "seconds": seconds,
+    seconds = timed_in_child(settings, lambda: caches.append(read(peer, model, ids)[1]))
+    return seconds | {
         "peak_bytes": machine.peak_memory(settings.device),
         "state_bytes": cache_nbytes(caches[0]),
     }
@@ -224,7 +215,7 @@ class Benchmark:
     def __init__(self, settings: Settings, minutes: float, say: Callable[[str], None] = print):
         """
         Args:
-            minutes: no measurement is begun that would probably end later than this.
+            minutes: no measurement is begun that would probably end later than this; a fresh process is stopped then.
             say: told of every measurement when it is done.
         """
         settings.apply()
@@ -233,6 +224,8 @@ class Benchmark:
         self.load = machine.OtherLoad()
         self.measurements: list[dict] = []
         self.skipped: list[dict] = []
+        # Seconds that passed in the last turn, reported or not, by what was done, model, length and batch size.
+        self.passed: dict[tuple[str, str, int, int], float] = {}
         self.models: dict[str, PreTrainedModel] = {}
         self.shapes: dict[str, PreTrainedModel] = {}
         self.parameters: dict[str, int] = {}
@@ -278,18 +271,14 @@ class Benchmark:
         self.say(f"{what} {model} {length:,} x {batch_size}: {seconds:.4g} s ({len(rounds)} rounds) {details}")
 
     def _expected(self, what: str, name: str, length: int, batch_size: int) -> float:
-        """Seconds that a measurement will probably take, from the nearest shorter one; 0 if there is none."""
-        known = [
-            entry
-            for entry in self.measurements
-            if (entry["what"], entry["model"]) == (what, name) and entry["length"] <= length
-        ]
+        """Seconds that will probably pass in a measurement, from the nearest shorter one; 0 if there is none."""
+        known = [at for kind, model, *at in self.passed if (kind, model) == (what, name) and at[0] <= length]
         if not known:
             return 0.0
-        last = max(known, key=lambda entry: (entry["length"], entry["batch_size"]))
+        tokens, rows = max(known)
         peer, model, config = PEERS[name], self._without_weights(name), self.settings.config
-        now, then = (forward_flops(peer, model, config, tokens, num_logits=0) for tokens in (length, last["length"]))
-        return last["seconds"] * now / then * batch_size / last["batch_size"]
+        now, then = (forward_flops(peer, model, config, count, num_logits=0) for count in (length, tokens))
+        return self.passed[what, name, tokens, rows] * now / then * batch_size / rows
 
     def _without_weights(self, name: str) -> PreTrainedModel:
         if name not in self.shapes:
@@ -297,45 +286,57 @@ class Benchmark:
                 self.shapes[name] = PEERS[name].build(self.settings.config)
         return self.shapes[name]
 
-    def _affordable(self, what: str, like: str, length: int, batch_size: int = 1, note: str = "") -> list[str]:
-        """Models for which there is time, judged by measurements `like` this one; the others are noted as skipped."""
-        names = []
+    def _seconds_left(self, what: str, name: str) -> float:
+        """How long a measurement may take."""
         left = self.deadline - time.perf_counter()
+        return left if what == "memory" and name == OURS else min(POINT_SECONDS, left)
+
+    def _affordable(self, what: str, like: str, length: int, batch_size: int = 1, note: str = "") -> Iterator[str]:
+        """Models for which there is time, judged by what was done `like` this; the others are noted as skipped."""
         for name in self.settings.models:
-            expected = self._expected(like, name, length, batch_size)
-            limit = left if what == "memory" and name == OURS else min(POINT_SECONDS, left)
+            expected, left = self._expected(like, name, length, batch_size), self._seconds_left(what, name)
             longest = PEERS[name].longest_training if like == "train" else None
-            reason = None
             if left < 0:
                 reason = "the time limit was reached"
-            elif expected > limit:
+            elif expected > left:
                 reason = f"would take about {expected:.0f} s"
             elif longest is not None and length > longest:
                 reason = "would take too much memory"
-            if reason is not None:
-                self._skip(what, name, length, batch_size, reason, note)
             else:
-                names.append(name)
-                if what == "memory":
-                    # One after the other, not in turns.
-                    left -= expected
-        return names
+                yield name
+                continue
+            self._skip(what, name, length, batch_size, reason, note)
 
     def _skip(self, what: str, name: str, length: int, batch_size: int, reason: str, note: str = "") -> None:
         skipped = {"what": what, "model": name, "length": length, "batch_size": batch_size, "reason": reason}
         self.skipped.append(skipped | ({"note": note} if note else {}))
         self.say(f"{what} {name} {length:,} x {batch_size} {note}: skipped, {reason}")
 
-    def _seconds_left(self) -> Callable[[], float]:
+    def _in_turns(
+        self, what: str, length: int, batch_size: int, tasks: Mapping[str, Callable[[], float]], rounds: int
+    ) -> dict[str, list[float]]:
+        """Values of every model's task, taken A B A B; one round at least, and no further one that would take too long."""
         end = min(time.perf_counter() + POINT_SECONDS, self.deadline)
-        return lambda: end - time.perf_counter()
+        values: dict[str, list[float]] = {name: [] for name in tasks}
+        for _ in range(rounds):
+            round_began = time.perf_counter()
+            for name, task in tasks.items():
+                began = time.perf_counter()
+                values[name].append(task())
+                self.passed[what, name, length, batch_size] = time.perf_counter() - began
+            if time.perf_counter() - round_began > end - time.perf_counter():
+                break
+        return values
 
     # ----------------------------------------------------------------------------------------------------------- timing
 
     def training(self, length: int, batch_size: int = 1) -> None:
         """Training steps of every model, with its own loss."""
         settings = self.settings
-        ids, names = settings.token_ids(batch_size, length), self._affordable("train", "train", length, batch_size)
+        ids, names = (
+            settings.token_ids(batch_size, length),
+            list(self._affordable("train", "train", length, batch_size)),
+        )
         optimizers = {name: new_optimizer(self.model(name), settings.optimizer) for name in names}
 
         def step_of(name: str, inputs: torch.Tensor) -> float:
@@ -357,7 +358,7 @@ class Benchmark:
                 return settings.timed(step)
 
             tasks = {name: partial(captured_step_of, name) for name in names}
-        for name, rounds in in_turns(tasks, settings.rounds, self._seconds_left()).items():
+        for name, rounds in self._in_turns("train", length, batch_size, tasks, settings.rounds).items():
             flops = 3 * batch_size * forward_flops(PEERS[name], self.model(name), settings.config, length, length)
             self._note(
                 "train", name, length, batch_size, rounds, loss="plain", gemm_share=self._gemm_share(flops, rounds)
@@ -368,7 +369,8 @@ class Benchmark:
     ) -> None:
         """Prefill (0 rounds: read once, not reported), and decoding after it, of every model."""
         settings = self.settings
-        ids, names = settings.token_ids(batch_size, length), self._affordable("prefill", "prefill", length, batch_size)
+        ids = settings.token_ids(batch_size, length)
+        names = list(self._affordable("prefill", "prefill", length, batch_size))
         after: dict[str, tuple[torch.Tensor, object]] = {}
 
         def read_with(name: str) -> float:
@@ -383,9 +385,8 @@ class Benchmark:
         for name in names:
             self._warm_up(("read", name), partial(read, PEERS[name], self.model(name), warm_up))
         num_rounds = settings.rounds if prefill_rounds is None else prefill_rounds
-        read_rounds = in_turns(
-            {name: partial(read_with, name) for name in names}, max(num_rounds, 1), self._seconds_left()
-        )
+        tasks = {name: partial(read_with, name) for name in names}
+        read_rounds = self._in_turns("prefill", length, batch_size, tasks, max(num_rounds, 1))
         for name in names if num_rounds else []:
             rounds, model, peer = read_rounds[name], self.model(name), PEERS[name]
             flops = batch_size * forward_flops(peer, model, settings.config, length, num_logits=1)
@@ -414,7 +415,7 @@ class Benchmark:
                 tokens[name].clear()
         per_round = -(-settings.decode_tokens // settings.rounds)
         tasks = {name: partial(decode_with, name, per_round) for name in after}
-        for name, rounds in in_turns(tasks, settings.rounds, self._seconds_left()).items():
+        for name, rounds in self._in_turns("decode", length, batch_size, tasks, settings.rounds).items():
             mean = sum(rounds) / len(rounds)
             state_bytes = cache_nbytes(after[name][1])
             nbytes = decoded_token_bytes(
@@ -449,24 +450,26 @@ class Benchmark:
                 if name not in (OURS, FULL):
                     continue
                 loss_kind = kind if kind != "own" else "chunked" if name == OURS else "plain"
-                self._in_child(memory_of_training, name, length, (loss_kind, uses_checkpointing), variant=label)
+                self._in_child(memory_of_training, "train", name, length, (loss_kind, uses_checkpointing), label)
 
     def reading_memory(self, length: int) -> None:
         """Peak memory of reading a prompt, its time, and the bytes of state after it."""
         for name in self._affordable("memory", "prefill", length, note="reading"):
-            self._in_child(memory_of_reading, name, length, (), variant="reading")
+            self._in_child(memory_of_reading, "prefill", name, length, (), "reading")
 
-    def _in_child(self, function: Callable, name: str, length: int, arguments: tuple, variant: str) -> None:
+    def _in_child(self, function: Callable, like: str, name: str, length: int, arguments: tuple, variant: str) -> None:
         # What this process holds, or has freed and kept, would be missing there.
         self.models.clear()
         trim_freed_memory()
         try:
-            found = in_fresh_process(function, self.settings, name, length, *arguments)
+            found = in_fresh_process(
+                function, self.settings, name, length, *arguments, timeout=self._seconds_left("memory", name)
+            )
         except ValueError as error:
             self._skip("memory", name, length, 1, str(error), note=variant)
             return
-        rounds = [found.pop("seconds")]
-        self._note("memory", name, length, 1, rounds, variant=variant, **found)
+        self.passed[like, name, length, 1] = found.pop("wall_seconds")
+        self._note("memory", name, length, 1, [found.pop("seconds")], variant=variant, **found)
 
     # ------------------------------------------------------------------------------------------------------- cold start
 
@@ -488,9 +491,8 @@ class Benchmark:
                 return time.perf_counter() - began
 
             # The first round brings the files into the system's cache.
-            rounds = in_turns(
-                {name: partial(start, name) for name in names}, 1 + self.settings.rounds, self._seconds_left()
-            )
+            tasks = {name: partial(start, name) for name in names}
+            rounds = self._in_turns("cold", COLD_START_TOKENS, 1, tasks, 1 + self.settings.rounds)
         for name in names:
             warm = slice(1 if len(rounds[name]) > 1 else 0, None)
             import_seconds, load_seconds, token_seconds = (middle(list(part)) for part in zip(*phases[name][warm]))

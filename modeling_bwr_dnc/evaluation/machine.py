@@ -87,12 +87,15 @@ def peak_memory(device: str = "cpu") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def in_fresh_process(function: Callable, *arguments):
+def in_fresh_process(function: Callable, *arguments, timeout: float | None = None):
     """
     What `function(*arguments)` returns in a new interpreter; both must be importable and picklable.
 
+    Args:
+        timeout: seconds after which the process is stopped (None: never).
+
     Raises:
-        ValueError: if the process ended without a result, such as one that ran out of memory.
+        ValueError: if the process ended without a result, such as one that ran out of memory or of time.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -100,7 +103,11 @@ def in_fresh_process(function: Callable, *arguments):
     process.start()
     sender.close()
     try:
-        result, error = receiver.recv()
+        if receiver.poll(timeout):
+            result, error = receiver.recv()
+        else:
+            process.kill()
+            result, error = None, f"was stopped after {timeout:.0f} s, when its time was over"
     except EOFError:
         process.join()
         result, error = None, f"ended with exit code {process.exitcode} (-9: most likely out of memory)"

@@ -1,7 +1,6 @@
 """`scripts.benchmark` measures all it is asked for on a tiny model, and writes results that can be read and compared."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from transformers import AutoConfig
 
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM
 from modeling_bwr_dnc.evaluation.benchmark_report import markdown, slope, speed_ratio, summarize
-from modeling_bwr_dnc.evaluation.machine import in_fresh_process
 from modeling_bwr_dnc.evaluation.peers import (
     DEFAULT_PEERS,
     PEERS,
@@ -196,12 +194,6 @@ def test_state_of_llama_is_its_keys_and_values():
     # What a sliding window shows of a block that it was read in.
     cache.layers[0].keys, cache.layers[0].values = cache.layers[0].keys[:, :, -4:], cache.layers[0].values[:, :, -4:]
     assert cache_nbytes(cache) == (2 * 2 * 3 * 32 * 10 * 4) // 2 + 2 * 2 * 3 * 32 * 4 * 2
-
-
-def test_a_fresh_process_reports_its_own_failure():
-    assert in_fresh_process(math.hypot, 3.0, 4.0) == 5.0
-    with pytest.raises(ValueError, match="math domain error|expected a nonnegative input"):
-        in_fresh_process(math.sqrt, -1.0)
 
 
 def made_up(seconds):
