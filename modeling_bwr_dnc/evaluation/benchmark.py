@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -73,6 +73,10 @@ seconds = time.perf_counter()
 print(json.dumps([imported - began, loaded - imported, seconds - loaded]))
 """
 MODULES = {OURS: "modeling_bwr_dnc"}
+
+
+# One turn of a model; gives its seconds.
+Task = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -313,17 +317,40 @@ class Benchmark:
         self.say(f"{what} {name} {length:,} x {batch_size} {note}: skipped, {reason}")
 
     def _in_turns(
-        self, what: str, length: int, batch_size: int, tasks: Mapping[str, Callable[[], float]], rounds: int
+        self,
+        what: str,
+        length: int,
+        batch_size: int,
+        names: Iterable[str],
+        prepare: Callable[[str], Task],
+        rounds: int,
     ) -> dict[str, list[float]]:
-        """Values of every model's task, taken A B A B; one round at least, and no further one that would take too long."""
+        """
+        Values of every model's task, taken A B A B; one round at least, and no further one that would take too long. A model
+        that does not fit in memory is skipped.
+
+        Args:
+            prepare: makes the task of a model, and does what goes before its first turn.
+        """
         end = min(time.perf_counter() + POINT_SECONDS, self.deadline)
-        values: dict[str, list[float]] = {name: [] for name in tasks}
+        tasks: dict[str, Task] = {}
+        values: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(rounds):
             round_began = time.perf_counter()
-            for name, task in tasks.items():
-                began = time.perf_counter()
-                values[name].append(task())
-                self.passed[what, name, length, batch_size] = time.perf_counter() - began
+            for name in list(values):
+                try:
+                    if name not in tasks:
+                        tasks[name] = prepare(name)
+                    began = time.perf_counter()
+                    values[name].append(tasks[name]())
+                    self.passed[what, name, length, batch_size] = time.perf_counter() - began
+                except RuntimeError as error:
+                    if not machine.is_out_of_memory(error):
+                        raise
+                    self._skip(what, name, length, batch_size, "does not fit in memory")
+                    # With the model goes what was left of the step, such as gradients.
+                    for held in (values, tasks, self.models):
+                        held.pop(name, None)
             if time.perf_counter() - round_began > end - time.perf_counter():
                 break
         return values
@@ -333,32 +360,29 @@ class Benchmark:
     def training(self, length: int, batch_size: int = 1) -> None:
         """Training steps of every model, with its own loss."""
         settings = self.settings
-        ids, names = (
-            settings.token_ids(batch_size, length),
-            list(self._affordable("train", "train", length, batch_size)),
-        )
-        optimizers = {name: new_optimizer(self.model(name), settings.optimizer) for name in names}
+        ids, names = settings.token_ids(batch_size, length), self._affordable("train", "train", length, batch_size)
+        inputs = {"input_ids": ids, "labels": ids}
 
-        def step_of(name: str, inputs: torch.Tensor) -> float:
-            return settings.timed(lambda: training_step(self.model(name), inputs, "plain", optimizers[name]))
+        def prepare(name: str) -> Task:
+            model = self.model(name)
+            optimizer = new_optimizer(model, settings.optimizer)
 
-        for name in names:
-            self._warm_up(("train", name, length), partial(step_of, name, ids[:1, :WARM_UP_LENGTH]))
-        tasks = {name: partial(step_of, name, ids) for name in names}
-        if settings.cuda_graphs:
-            inputs = {"input_ids": ids, "labels": ids}
-            steps = {name: CapturedStep(self.model(name), inputs) for name in names}
+            def step(ids: torch.Tensor) -> None:
+                training_step(model, ids, "plain", optimizer)
 
-            def captured_step_of(name: str) -> float:
-                def step() -> None:
-                    steps[name](inputs)
-                    if optimizers[name] is not None:
-                        optimizers[name].step()
+            self._warm_up(("train", name, length), partial(step, ids[:1, :WARM_UP_LENGTH]))
+            if not settings.cuda_graphs:
+                return partial(settings.timed, partial(step, ids))
+            captured = CapturedStep(model, inputs)
 
-                return settings.timed(step)
+            def captured_step() -> None:
+                captured(inputs)
+                if optimizer is not None:
+                    optimizer.step()
 
-            tasks = {name: partial(captured_step_of, name) for name in names}
-        for name, rounds in self._in_turns("train", length, batch_size, tasks, settings.rounds).items():
+            return partial(settings.timed, captured_step)
+
+        for name, rounds in self._in_turns("train", length, batch_size, names, prepare, settings.rounds).items():
             flops = 3 * batch_size * forward_flops(PEERS[name], self.model(name), settings.config, length, length)
             self._note(
                 "train", name, length, batch_size, rounds, loss="plain", gemm_share=self._gemm_share(flops, rounds)
@@ -370,24 +394,23 @@ class Benchmark:
         """Prefill (0 rounds: read once, not reported), and decoding after it, of every model."""
         settings = self.settings
         ids = settings.token_ids(batch_size, length)
-        names = list(self._affordable("prefill", "prefill", length, batch_size))
+        names = self._affordable("prefill", "prefill", length, batch_size)
+        num_rounds = settings.rounds if prefill_rounds is None else prefill_rounds
         after: dict[str, tuple[torch.Tensor, object]] = {}
 
-        def read_with(name: str) -> float:
-            def task() -> None:
-                after[name] = read(PEERS[name], self.model(name), ids)
+        def prepare(name: str) -> Task:
+            peer, model = PEERS[name], self.model(name)
+            self._warm_up(("read", name), partial(read, peer, model, ids[:1, :WARM_UP_LENGTH]))
 
-            # The cache of the round before goes first.
-            after.pop(name, None)
-            return settings.timed(task)
+            def task() -> float:
+                # The cache of the round before goes first.
+                after.pop(name, None)
+                return settings.timed(lambda: after.update({name: read(peer, model, ids)}))
 
-        warm_up = ids[:1, :WARM_UP_LENGTH]
-        for name in names:
-            self._warm_up(("read", name), partial(read, PEERS[name], self.model(name), warm_up))
-        num_rounds = settings.rounds if prefill_rounds is None else prefill_rounds
-        tasks = {name: partial(read_with, name) for name in names}
-        read_rounds = self._in_turns("prefill", length, batch_size, tasks, max(num_rounds, 1))
-        for name in names if num_rounds else []:
+            return task
+
+        read_rounds = self._in_turns("prefill", length, batch_size, names, prepare, max(num_rounds, 1))
+        for name in read_rounds if num_rounds else []:
             rounds, model, peer = read_rounds[name], self.model(name), PEERS[name]
             flops = batch_size * forward_flops(peer, model, settings.config, length, num_logits=1)
             self._note(
@@ -407,15 +430,15 @@ class Benchmark:
             tokens[name] += seconds
             return sum(seconds) / num_tokens
 
-        # The first token after a full window consolidates it: the warm-up takes that on itself, so that as many tokens as a
-        # segment is long hold one consolidation.
-        with torch.no_grad():
-            for name in after:
-                decode_with(name, WARM_UP_TOKENS)
-                tokens[name].clear()
+        def prepare(name: str) -> Task:
+            # The first token after a full window consolidates it: the warm-up takes that on itself, so that as many tokens as a
+            # segment is long hold one consolidation.
+            decode_with(name, WARM_UP_TOKENS)
+            tokens[name].clear()
+            return partial(decode_with, name, per_round)
+
         per_round = -(-settings.decode_tokens // settings.rounds)
-        tasks = {name: partial(decode_with, name, per_round) for name in after}
-        for name, rounds in self._in_turns("decode", length, batch_size, tasks, settings.rounds).items():
+        for name, rounds in self._in_turns("decode", length, batch_size, after, prepare, settings.rounds).items():
             mean = sum(rounds) / len(rounds)
             state_bytes = cache_nbytes(after[name][1])
             nbytes = decoded_token_bytes(
@@ -482,8 +505,10 @@ class Benchmark:
             return
         phases: dict[str, list[list[float]]] = {name: [] for name in names}
         with tempfile.TemporaryDirectory() as folder:
-            for name in names:
+
+            def prepare(name: str) -> Task:
                 self.settings.model(name).save_pretrained(Path(folder, name))
+                return partial(start, name)
 
             def start(name: str) -> float:
                 began = time.perf_counter()
@@ -491,13 +516,12 @@ class Benchmark:
                 return time.perf_counter() - began
 
             # The first round brings the files into the system's cache.
-            tasks = {name: partial(start, name) for name in names}
-            rounds = self._in_turns("cold", COLD_START_TOKENS, 1, tasks, 1 + self.settings.rounds)
-        for name in names:
-            warm = slice(1 if len(rounds[name]) > 1 else 0, None)
+            started = self._in_turns("cold", COLD_START_TOKENS, 1, names, prepare, 1 + self.settings.rounds)
+        for name, rounds in started.items():
+            warm = slice(1 if len(rounds) > 1 else 0, None)
             import_seconds, load_seconds, token_seconds = (middle(list(part)) for part in zip(*phases[name][warm]))
             self._note(
-                "cold", name, COLD_START_TOKENS, 1, rounds[name][warm],
+                "cold", name, COLD_START_TOKENS, 1, rounds[warm],
                 import_seconds=import_seconds, load_seconds=load_seconds, token_seconds=token_seconds,
             )  # fmt: skip
 

@@ -70,7 +70,7 @@ def memory_bandwidth(device: str = "cpu", num_bytes: int = 1 << 30, clock: str =
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory, in fresh processes
+# Memory
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +85,11 @@ def peak_memory(device: str = "cpu") -> int:
         return int(line.split()[1]) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had no memory left, or, by what its allocator says, the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def in_fresh_process(function: Callable, *arguments, timeout: float | None = None):

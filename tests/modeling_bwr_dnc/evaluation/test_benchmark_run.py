@@ -1,4 +1,4 @@
-"""A run of the benchmark keeps to its time."""
+"""A run of the benchmark keeps to its time, and goes on without a model that does not fit in memory."""
 
 import pytest
 import torch
@@ -59,3 +59,42 @@ def test_what_a_child_took_tells_how_long_the_next_takes(new_bench, monkeypatch)
     # BWR-DNC may take all the time that is left, but would need more.
     assert skipped(bench) == [("memory", "bwr-dnc", 131072), ("memory", "llama", 131072)]
     assert benchmark.POINT_SECONDS < limits[0] <= 600 and limits[1] == benchmark.POINT_SECONDS
+
+
+@pytest.mark.parametrize("place", ["building", "warm-up", "turn"])
+def test_a_model_that_does_not_fit_in_memory_is_skipped_alone(new_bench, monkeypatch, place):
+    bench, real_model = new_bench(), Settings.model
+
+    def too_large(*_) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    def model_of(settings: Settings, name: str):
+        model = real_model(settings, name)
+        if name == "llama" and place == "building":
+            too_large()
+        if name == "llama":
+            # The first call is the warm-up.
+            at = {"warm-up": 0, "turn": 1}[place]
+            calls = iter(range(10))
+            model.register_forward_pre_hook(lambda *_: too_large() if next(calls) == at else None)
+        return model
+
+    monkeypatch.setattr(Settings, "model", model_of)
+    bench.training(16)
+    bench.models.clear()
+    bench.warm.clear()
+    bench.reading(16)
+    assert skipped(bench) == [("train", "llama", 16), ("prefill", "llama", 16)]
+    found = bench.results("")["measurements"]
+    assert [(entry["what"], entry["model"], len(entry["rounds"])) for entry in found] == [
+        (what, "bwr-dnc", 2) for what in ("train", "prefill", "decode")
+    ]
+
+
+def test_other_errors_of_a_model_end_the_run(new_bench, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(benchmark, "training_step", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        new_bench().training(16)

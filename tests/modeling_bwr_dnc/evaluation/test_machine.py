@@ -1,11 +1,12 @@
-"""What the machine is asked: the result of a fresh process, or why there is none."""
+"""Fresh processes end with a result or a reason, and what did not fit in memory is told from other errors."""
 
 import math
 import time
 
 import pytest
+import torch
 
-from modeling_bwr_dnc.evaluation.machine import in_fresh_process
+from modeling_bwr_dnc.evaluation.machine import in_fresh_process, is_out_of_memory
 
 
 def test_a_fresh_process_reports_its_own_failure():
@@ -17,3 +18,10 @@ def test_a_fresh_process_reports_its_own_failure():
 def test_a_fresh_process_is_stopped_when_its_time_is_over():
     with pytest.raises(ValueError, match="sleep in a fresh process: was stopped after 0 s"):
         in_fresh_process(time.sleep, 600, timeout=0.1)
+
+
+def test_what_did_not_fit_in_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
