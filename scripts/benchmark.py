@@ -176,11 +176,11 @@ def measure_announced(bench: Benchmark) -> dict[str, dict]:
     bench.settings = replace(bench.settings, models=(OURS,))
     for length in ANNOUNCED_CONTEXT_GB:
         bench.reading_memory(length)
-    bench.settings = replace(asked, models=tuple(name for name in PEERS if name in {OURS, FULL, *bench.parameters}))
+    bench.settings = asked
     found = {}
     for preset, shapes in THROUGHPUT.items():
         settings = replace(
-            bench.settings,
+            asked,
             config=load_config(preset),
             models=(OURS, FULL),
             optimizer="none",

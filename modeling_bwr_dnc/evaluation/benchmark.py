@@ -226,8 +226,9 @@ class Benchmark:
         self.settings, self.say = settings, say
         self.began, self.deadline = time.perf_counter(), time.perf_counter() + 60 * minutes
         self.load = machine.OtherLoad()
-        self.measurements: list[dict] = []
-        self.skipped: list[dict] = []
+        # By what, model, length, batch size and variant: a point that is measured again takes the place of the earlier one.
+        self.measurements: dict[tuple, dict] = {}
+        self.skipped: dict[tuple, dict] = {}
         # Seconds that passed in the last turn, reported or not, by what was done, model, length and batch size.
         self.passed: dict[tuple[str, str, int, int], float] = {}
         self.models: dict[str, PreTrainedModel] = {}
@@ -252,7 +253,8 @@ class Benchmark:
     def results(self, command: str) -> dict:
         """Everything measured, with all that is needed to measure it again."""
         settings = {item.name: getattr(self.settings, item.name) for item in fields(self.settings)}
-        settings |= {"config": self.settings.config.to_dict(), "models": list(self.settings.models)}
+        names = {*self.settings.models, *(entry["model"] for entry in self.measurements.values())}
+        settings |= {"config": self.settings.config.to_dict(), "models": [name for name in PEERS if name in names]}
         return {
             "command": command,
             "machine": machine.describe_machine(self.settings.device),
@@ -261,16 +263,21 @@ class Benchmark:
             "settings": settings,
             "parameters": self.parameters,
             "limits": self.limits,
-            "measurements": self.measurements,
-            "skipped": self.skipped,
+            "measurements": list(self.measurements.values()),
+            "skipped": [row for point, row in self.skipped.items() if point not in self.measurements],
         }
 
     # ------------------------------------------------------------------------------------------------------ bookkeeping
 
+    def _is_done(self, what: str, length: int, batch_size: int) -> bool:
+        """Whether there is nothing left to measure here: every model has its point, or was skipped."""
+        points = [(what, name, length, batch_size, None) for name in self.settings.models]
+        return all(point in self.measurements or point in self.skipped for point in points)
+
     def _note(self, what: str, model: str, length: int, batch_size: int, rounds: list[float], **more) -> None:
         seconds = middle(rounds)
         entry = {"what": what, "model": model, "length": length, "batch_size": batch_size, "seconds": seconds}
-        self.measurements.append(entry | {"rounds": rounds} | more)
+        self.measurements[what, model, length, batch_size, more.get("variant")] = entry | {"rounds": rounds} | more
         details = ", ".join(f"{key} {_shown(value)}" for key, value in more.items() if value is not None)
         self.say(f"{what} {model} {length:,} x {batch_size}: {seconds:.4g} s ({len(rounds)} rounds) {details}")
 
@@ -295,7 +302,9 @@ class Benchmark:
         left = self.deadline - time.perf_counter()
         return left if what == "memory" and name == OURS else min(POINT_SECONDS, left)
 
-    def _affordable(self, what: str, like: str, length: int, batch_size: int = 1, note: str = "") -> Iterator[str]:
+    def _affordable(
+        self, what: str, like: str, length: int, batch_size: int = 1, variant: str | None = None
+    ) -> Iterator[str]:
         """Models for which there is time, judged by what was done `like` this; the others are noted as skipped."""
         for name in self.settings.models:
             expected, left = self._expected(like, name, length, batch_size), self._seconds_left(what, name)
@@ -309,12 +318,14 @@ class Benchmark:
             else:
                 yield name
                 continue
-            self._skip(what, name, length, batch_size, reason, note)
+            self._skip(what, name, length, batch_size, reason, variant)
 
-    def _skip(self, what: str, name: str, length: int, batch_size: int, reason: str, note: str = "") -> None:
+    def _skip(
+        self, what: str, name: str, length: int, batch_size: int, reason: str, variant: str | None = None
+    ) -> None:
         skipped = {"what": what, "model": name, "length": length, "batch_size": batch_size, "reason": reason}
-        self.skipped.append(skipped | ({"note": note} if note else {}))
-        self.say(f"{what} {name} {length:,} x {batch_size} {note}: skipped, {reason}")
+        self.skipped[what, name, length, batch_size, variant] = skipped | ({"note": variant} if variant else {})
+        self.say(f"{what} {name} {length:,} x {batch_size} {variant or ''}: skipped, {reason}")
 
     def _in_turns(
         self,
@@ -358,7 +369,9 @@ class Benchmark:
     # ----------------------------------------------------------------------------------------------------------- timing
 
     def training(self, length: int, batch_size: int = 1) -> None:
-        """Training steps of every model, with its own loss."""
+        """Training steps of every model, with its own loss, unless they are measured already."""
+        if self._is_done("train", length, batch_size):
+            return
         settings = self.settings
         ids, names = settings.token_ids(batch_size, length), self._affordable("train", "train", length, batch_size)
         inputs = {"input_ids": ids, "labels": ids}
@@ -391,11 +404,15 @@ class Benchmark:
     def reading(
         self, length: int, batch_size: int = 1, prefill_rounds: int | None = None, decodes: bool = True
     ) -> None:
-        """Prefill (0 rounds: read once, not reported), and decoding after it, of every model."""
+        """Prefill (0 rounds: read once, not reported), and decoding after it, of every model; not what is measured already."""
+        prefills = prefill_rounds != 0 and not self._is_done("prefill", length, batch_size)
+        decodes = decodes and not self._is_done("decode", length, batch_size)
+        if not prefills and not decodes:
+            return
         settings = self.settings
         ids = settings.token_ids(batch_size, length)
         names = self._affordable("prefill", "prefill", length, batch_size)
-        num_rounds = settings.rounds if prefill_rounds is None else prefill_rounds
+        num_rounds = (prefill_rounds or settings.rounds) if prefills else 1
         after: dict[str, tuple[torch.Tensor, object]] = {}
 
         def prepare(name: str) -> Task:
@@ -409,8 +426,8 @@ class Benchmark:
 
             return task
 
-        read_rounds = self._in_turns("prefill", length, batch_size, names, prepare, max(num_rounds, 1))
-        for name in read_rounds if num_rounds else []:
+        read_rounds = self._in_turns("prefill", length, batch_size, names, prepare, num_rounds)
+        for name in read_rounds if prefills else []:
             rounds, model, peer = read_rounds[name], self.model(name), PEERS[name]
             flops = batch_size * forward_flops(peer, model, settings.config, length, num_logits=1)
             self._note(
@@ -469,7 +486,7 @@ class Benchmark:
         """
         for kind, uses_checkpointing in variants:
             label = f"{kind} loss, checkpointing {'on' if uses_checkpointing else 'off'}"
-            for name in self._affordable("memory", "train", length, note=label):
+            for name in self._affordable("memory", "train", length, variant=label):
                 if name not in (OURS, FULL):
                     continue
                 loss_kind = kind if kind != "own" else "chunked" if name == OURS else "plain"
@@ -477,10 +494,12 @@ class Benchmark:
 
     def reading_memory(self, length: int) -> None:
         """Peak memory of reading a prompt, its time, and the bytes of state after it."""
-        for name in self._affordable("memory", "prefill", length, note="reading"):
+        for name in self._affordable("memory", "prefill", length, variant="reading"):
             self._in_child(memory_of_reading, "prefill", name, length, (), "reading")
 
     def _in_child(self, function: Callable, like: str, name: str, length: int, arguments: tuple, variant: str) -> None:
+        if ("memory", name, length, 1, variant) in self.measurements:
+            return
         # What this process holds, or has freed and kept, would be missing there.
         self.models.clear()
         trim_freed_memory()
@@ -489,7 +508,7 @@ class Benchmark:
                 function, self.settings, name, length, *arguments, timeout=self._seconds_left("memory", name)
             )
         except ValueError as error:
-            self._skip("memory", name, length, 1, str(error), note=variant)
+            self._skip("memory", name, length, 1, str(error), variant)
             return
         self.passed[like, name, length, 1] = found.pop("wall_seconds")
         self._note("memory", name, length, 1, [found.pop("seconds")], variant=variant, **found)

@@ -1,4 +1,6 @@
-"""A run of the benchmark keeps to its time, and goes on without a model that does not fit in memory."""
+"""A run of the benchmark keeps to its time, measures a point once, and goes on without a model that does not fit in memory."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ import transformers
 from modeling_bwr_dnc import BwrDncConfig
 from modeling_bwr_dnc.evaluation import benchmark, machine
 from modeling_bwr_dnc.evaluation.benchmark import Benchmark, Settings
+from modeling_bwr_dnc.evaluation.benchmark_report import summarize
 
 
 @pytest.fixture
@@ -45,20 +48,52 @@ def test_a_prompt_that_was_read_for_decoding_alone_tells_how_long_the_next_takes
     assert skipped(bench) == [("prefill", "bwr-dnc", 32), ("prefill", "llama", 32)]
 
 
-def test_what_a_child_took_tells_how_long_the_next_takes(new_bench, monkeypatch):
+@pytest.fixture
+def children(monkeypatch):
+    """Limits of the children that were started; each says that it took ten seconds."""
     limits = []
 
-    def measured(*arguments, timeout):
+    def measured(*_, timeout):
         limits.append(timeout)
         return {"seconds": 1e-9, "wall_seconds": 10.0, "peak_bytes": 1, "state_bytes": 1}
 
     monkeypatch.setattr(benchmark, "in_fresh_process", measured)
+    return limits
+
+
+def test_what_a_child_took_tells_how_long_the_next_takes(new_bench, children):
     bench = new_bench()
     bench.reading_memory(512)
     bench.reading_memory(131072)
     # BWR-DNC may take all the time that is left, but would need more.
     assert skipped(bench) == [("memory", "bwr-dnc", 131072), ("memory", "llama", 131072)]
-    assert benchmark.POINT_SECONDS < limits[0] <= 600 and limits[1] == benchmark.POINT_SECONDS
+    assert benchmark.POINT_SECONDS < children[0] <= 600 and children[1] == benchmark.POINT_SECONDS
+
+
+def test_a_point_is_measured_once_and_stands_under_its_model(new_bench, children):
+    bench = new_bench(models=("bwr-dnc", "llama", "sliding-window"))
+    for models in (bench.settings.models, ("bwr-dnc", "llama")):
+        bench.settings = replace(bench.settings, models=models)
+        bench.training(16)
+        bench.reading(16, prefill_rounds=0)
+        bench.reading(16, prefill_rounds=1)
+        bench.reading_memory(16)
+    results = summarize(bench.results(""))
+    points = [(entry["what"], entry["model"]) for entry in results["measurements"]]
+    assert len(points) == len(set(points)) == 4 * 3 and len(children) == 3
+    assert len(results["ratios"]) == 3 * 2
+    assert results["settings"]["models"] == ["bwr-dnc", "llama", "sliding-window"]
+
+
+def test_points_of_one_model_are_measured_again_beside_another(new_bench):
+    """A ratio is of turns that were neighbours."""
+    bench = new_bench(models=("bwr-dnc",))
+    bench.training(16)
+    alone = bench.results("")["measurements"]
+    bench.settings = replace(bench.settings, models=("bwr-dnc", "llama"))
+    bench.training(16)
+    ours, _ = bench.results("")["measurements"]
+    assert ours["rounds"] != alone[0]["rounds"]
 
 
 @pytest.mark.parametrize("place", ["building", "warm-up", "turn"])
