@@ -15,6 +15,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,12 +130,24 @@ def benchmark(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
 
-    def keep(others: dict | None = None) -> dict:
+    throughput: dict[str, dict] = {}
+
+    def keep() -> dict:
         """Everything measured so far, also in a file: an interrupted run leaves what it has."""
-        results = summarize(bench.results(command)) | {"throughput": others or {}}
+        results = summarize(bench.results(command)) | {"throughput": throughput}
         write_text(output / "benchmark.json", json.dumps(results, indent=1) + "\n")
         return results
 
+    try:
+        measure_asked(bench, arguments, keep)
+        if "announced" in arguments.what:
+            measure_announced(bench, throughput, keep)
+    finally:
+        write(keep(), output)
+
+
+def measure_asked(bench: Benchmark, arguments: argparse.Namespace, keep: Callable[[], object]) -> None:
+    """All that `--what` names but the announced figures, each kept as soon as it is there."""
     asked = set(arguments.what)
     if "train" in asked:
         for length in arguments.lengths or measure.TRAINING_LENGTHS:
@@ -142,6 +155,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
             keep()
     if "cold" in asked:
         bench.cold_start()
+        keep()
     for length, prefills, decodes in reading_plan(asked, arguments.lengths):
         bench.reading(length, prefill_rounds=None if prefills else 0, decodes=decodes)
         keep()
@@ -153,7 +167,6 @@ def benchmark(arguments: argparse.Namespace) -> None:
         for length in lengths or measure.READING_MEMORY_LENGTHS:
             bench.reading_memory(length)
             keep()
-    write(keep(measure_announced(bench) if "announced" in asked else {}), output)
 
 
 def reading_plan(asked: set[str], lengths: list[int] | None) -> list[tuple[int, bool, bool]]:
@@ -166,34 +179,33 @@ def reading_plan(asked: set[str], lengths: list[int] | None) -> list[tuple[int, 
     ]
 
 
-def measure_announced(bench: Benchmark) -> dict[str, dict]:
-    """The announced figures of this preset, and of others the throughput by batch and length; returns the latter's results."""
+def measure_announced(bench: Benchmark, throughput: dict[str, dict], keep: Callable[[], object]) -> None:
+    """The announced figures of this preset; of others the throughput by batch and length, whose results go to `throughput`."""
     asked = bench.settings
     bench.settings = replace(asked, models=(OURS, FULL))
     bench.training(ANNOUNCED_LENGTH)
+    keep()
     bench.reading(ANNOUNCED_LENGTH, prefill_rounds=1)
+    keep()
     bench.training_memory(ANNOUNCED_LENGTH, [("own", False)])
-    bench.settings = replace(bench.settings, models=(OURS,))
+    keep()
+    bench.settings = replace(asked, models=(OURS,))
     for length in ANNOUNCED_CONTEXT_GB:
         bench.reading_memory(length)
+        keep()
     bench.settings = asked
-    found = {}
     for preset, shapes in THROUGHPUT.items():
         settings = replace(
-            asked,
-            config=load_config(preset),
-            models=(OURS, FULL),
-            optimizer="none",
-            rounds=2,
-            decode_tokens=16,
+            asked, config=load_config(preset), models=(OURS, FULL), optimizer="none", rounds=2, decode_tokens=16
         )
         other = Benchmark(settings, minutes=bench.minutes_left(), say=bench.say)
         for batch_size, length in shapes:
             other.training(length, batch_size)
             other.reading(length, batch_size, prefill_rounds=1)
-        # Announced figures and targets are for another preset.
-        found[preset] = summarize(other.results(f"throughput of {preset}")) | {"announced": [], "targets": []}
-    return found
+            # Announced figures and targets are for another preset.
+            found = summarize(other.results(f"throughput of {preset}"))
+            throughput[preset] = found | {"announced": [], "targets": []}
+            keep()
 
 
 def load_config(name: str) -> BwrDncConfig:

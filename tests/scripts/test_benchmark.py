@@ -8,6 +8,9 @@ import transformers
 from transformers import AutoConfig
 
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM
+from modeling_bwr_dnc.evaluation import benchmark as measure
+from modeling_bwr_dnc.evaluation import machine
+from modeling_bwr_dnc.evaluation.benchmark import Benchmark
 from modeling_bwr_dnc.evaluation.benchmark_report import markdown, slope, speed_ratio, summarize
 from modeling_bwr_dnc.evaluation.peers import (
     DEFAULT_PEERS,
@@ -107,6 +110,45 @@ def test_what_there_is_no_time_for_is_named(call, preset, tmp_path):
         *(("train", name) for name in DEFAULT_PEERS), ("cold", "bwr-dnc"), ("cold", "llama"),
     }  # fmt: skip
     assert "the time limit was reached" in text
+
+
+@pytest.fixture
+def given_limits(monkeypatch):
+    """The machine's limits are taken as given, which saves seconds."""
+    monkeypatch.setattr(machine, "gemm_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr(machine, "memory_bandwidth", lambda *_, **__: 1e10)
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ValueError("a defect"), 2)])
+def test_a_run_that_does_not_end_leaves_its_report(call, preset, tmp_path, monkeypatch, given_limits, error, code):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Benchmark, "reading", fail)
+    options = ["--preset", preset, "--models", *PAIR, "--lengths", 16, "--rounds", 1, "--output", tmp_path]
+    assert call(benchmark, "--what", "train", "prefill", *options)[0] == code
+    assert "## Training" in (tmp_path / "benchmark.md").read_text()
+    assert (tmp_path / "benchmark.png").is_file()
+
+
+def test_announced_figures_are_kept_as_they_come(call, preset, tmp_path, monkeypatch, given_limits):
+    kept = []
+
+    def measured(*_, **__):
+        kept.append({entry["what"] for entry in json.loads((tmp_path / "benchmark.json").read_text())["measurements"]})
+        return {"seconds": 1.0, "wall_seconds": 1.0, "peak_bytes": 2, "state_bytes": 1}
+
+    monkeypatch.setattr(measure, "in_fresh_process", measured)
+    monkeypatch.setattr(benchmark, "ANNOUNCED_LENGTH", 24)
+    monkeypatch.setattr(benchmark, "ANNOUNCED_CONTEXT_GB", {32: 1.0})
+    monkeypatch.setattr(benchmark, "THROUGHPUT", {str(preset): ((2, 16), (4, 16))})
+    options = ["--preset", preset, "--decode-tokens", 2, "--rounds", 1, "--output", tmp_path]
+    assert call(benchmark, "--what", "announced", *options)[0] == 0
+    # Two children for the memory of training, one for that of reading.
+    assert kept == [set(SHARES), set(SHARES), {*SHARES, "memory"}]
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert set(results["settings"]["models"]) == set(DEFAULT_PEERS)
+    assert len(results["throughput"][str(preset)]["measurements"]) == 2 * 3 * 2
 
 
 @pytest.mark.parametrize(
