@@ -180,7 +180,7 @@ def reading_plan(asked: set[str], lengths: list[int] | None) -> list[tuple[int, 
 
 
 def measure_announced(bench: Benchmark, throughput: dict[str, dict], keep: Callable[[], object]) -> None:
-    """The announced figures of this preset; of others the throughput by batch and length, whose results go to `throughput`."""
+    """The announced figures of this preset, and into `throughput`, of others, the results by batch and length."""
     asked = bench.settings
     bench.settings = replace(asked, models=(OURS, FULL))
     bench.training(ANNOUNCED_LENGTH)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from modeling_bwr_dnc.evaluation.peers import (
     FULL,
     OURS,
     PEERS,
+    READ_BLOCK_LENGTH,
     Peer,
     cache_nbytes,
     decoded_token_bytes,
@@ -173,12 +174,6 @@ def decode(
     return seconds
 
 
-def timed_in_child(settings: Settings, function: Callable[[], object]) -> dict:
-    """Seconds by the clock of `settings`, which are reported, and by the wall, by which the time limit goes."""
-    began = time.perf_counter()
-    return {"seconds": settings.timed(function), "wall_seconds": time.perf_counter() - began}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What runs in a fresh process
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,19 +187,34 @@ def memory_of_training(settings: Settings, name: str, length: int, loss_kind: st
     ids, optimizer = settings.token_ids(1, length), new_optimizer(model, settings.optimizer)
     # A step on a few tokens first: an optimizer makes its state in its first step, after what would have been the peak.
     training_step(model, ids[:, :WARM_UP_LENGTH], loss_kind, optimizer)
-    seconds = timed_in_child(settings, lambda: training_step(model, ids, loss_kind, optimizer))
-    return seconds | {"peak_bytes": machine.peak_memory(settings.device)}
+    return memory_while(settings, lambda: training_step(model, ids, loss_kind, optimizer))
 
 
 def memory_of_reading(settings: Settings, name: str, length: int) -> dict:
     settings.apply()
     model, peer = settings.model(name), PEERS[name]
-    read(peer, model, settings.token_ids(1, min(WARM_UP_LENGTH, length)))
+    if name != OURS:
+        # Ours divides a prompt by itself; no other is charged with what its layers hold of a whole prompt for a moment.
+        peer = replace(peer, read_block_length=READ_BLOCK_LENGTH)
     ids, caches = settings.token_ids(1, length), []
-    seconds = timed_in_child(settings, lambda: caches.append(read(peer, model, ids)[1]))
-    return seconds | {
+    read(peer, model, ids[:, :WARM_UP_LENGTH])
+    found = memory_while(settings, lambda: caches.append(read(peer, model, ids)[1]))
+    return found | {"state_bytes": cache_nbytes(caches[0])}
+
+
+def memory_while(settings: Settings, function: Callable[[], object]) -> dict:
+    """
+    The peak of this process while `function` runs, and not while its model was built, where that can be told apart.
+
+    Seconds are by the clock of `settings`, which are reported, and by the wall, by which the time limit goes.
+    """
+    includes_building = not machine.reset_peak_memory(settings.device)
+    began = time.perf_counter()
+    return {
+        "seconds": settings.timed(function),
+        "wall_seconds": time.perf_counter() - began,
         "peak_bytes": machine.peak_memory(settings.device),
-        "state_bytes": cache_nbytes(caches[0]),
+        "peak_includes_building": includes_building,
     }
 
 
@@ -226,7 +236,7 @@ class Benchmark:
         self.settings, self.say = settings, say
         self.began, self.deadline = time.perf_counter(), time.perf_counter() + 60 * minutes
         self.load = machine.OtherLoad()
-        # By what, model, length, batch size and variant: a point that is measured again takes the place of the earlier one.
+        # By what, model, length, batch size and variant: a point measured again takes the place of the earlier one.
         self.measurements: dict[tuple, dict] = {}
         self.skipped: dict[tuple, dict] = {}
         # Seconds that passed in the last turn, reported or not, by what was done, model, length and batch size.
@@ -337,8 +347,9 @@ class Benchmark:
         rounds: int,
     ) -> dict[str, list[float]]:
         """
-        Values of every model's task, taken A B A B; one round at least, and no further one that would take too long. A model
-        that does not fit in memory is skipped.
+        Values of every model's task, taken A B A B; one round at least, and no further one that would take too long.
+
+        A model that does not fit in memory is skipped.
 
         Args:
             prepare: makes the task of a model, and does what goes before its first turn.
@@ -404,7 +415,7 @@ class Benchmark:
     def reading(
         self, length: int, batch_size: int = 1, prefill_rounds: int | None = None, decodes: bool = True
     ) -> None:
-        """Prefill (0 rounds: read once, not reported), and decoding after it, of every model; not what is measured already."""
+        """Prefill (0 rounds: read once, not reported) and decoding after it, unless they are measured already."""
         prefills = prefill_rounds != 0 and not self._is_done("prefill", length, batch_size)
         decodes = decodes and not self._is_done("decode", length, batch_size)
         if not prefills and not decodes:
@@ -448,8 +459,8 @@ class Benchmark:
             return sum(seconds) / num_tokens
 
         def prepare(name: str) -> Task:
-            # The first token after a full window consolidates it: the warm-up takes that on itself, so that as many tokens as a
-            # segment is long hold one consolidation.
+            # The first token after a full window consolidates it: the warm-up takes that on itself, so that as many
+            # tokens as a segment is long hold one consolidation.
             decode_with(name, WARM_UP_TOKENS)
             tokens[name].clear()
             return partial(decode_with, name, per_round)

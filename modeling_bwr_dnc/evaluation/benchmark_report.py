@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_bwr_dnc.evaluation.machine import middle
-from modeling_bwr_dnc.evaluation.peers import FULL, OURS, PEERS
+from modeling_bwr_dnc.evaluation.peers import FULL, OURS, PEERS, READ_BLOCK_LENGTH
 
 OWN_LOSS_CHECKPOINTED, OWN_LOSS = "own loss, checkpointing on", "own loss, checkpointing off"
 CHUNKED_ON_BOTH = "chunked loss, checkpointing off"
@@ -304,8 +304,19 @@ def _memory_section(results: dict) -> list[str]:
             rows.append([variant, f"{length:,}", name, f"{entry['peak_bytes'] / 1e9:.2f}", times, state])
     if not rows:
         return []
+    note = (
+        f"Peak of {_memory_measured(results)} while a model reads or takes a step, weights included. To read, {OURS} is "
+        f"given the whole prompt, the others blocks of {READ_BLOCK_LENGTH:,} tokens, so that none is charged with what its "
+        f"layers hold of a whole prompt for a moment. The time of a prefill is still that of one call, for {FULL} too."
+    )
+    if any(entry.get("peak_includes_building") for entry in entries):
+        note += " The peak includes building the model: this system keeps one for the life of a process."
     header = ["each in a fresh process", "length", "model", "peak GB", "of Llama's", "state MB"]
-    return ["## Memory", table(header, rows)]
+    return ["## Memory", note, table(header, rows)]
+
+
+def _memory_measured(results: dict) -> str:
+    return "the process" if results["machine"]["device"] == "CPU" else "CUDA's allocator"
 
 
 def _cold_section(results: dict) -> list[str]:

@@ -1,5 +1,6 @@
 """What a machine can do, what else it is doing, and how much memory a process took."""
 
+import gc
 import multiprocessing
 import os
 import platform
@@ -14,6 +15,7 @@ from statistics import median
 import torch
 import transformers
 
+from ..allocator import trim_freed_memory
 from ..linear import linear
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -75,7 +77,10 @@ def memory_bandwidth(device: str = "cpu", num_bytes: int = 1 << 30, clock: str =
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Largest number of bytes that this process has had resident (CPU), or that the allocator has handed out (CUDA)."""
+    """
+    Largest number of bytes that this process has had resident (CPU), or that the allocator has handed out (CUDA), since
+    it began or since `reset_peak_memory`.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -85,6 +90,24 @@ def peak_memory(device: str = "cpu") -> int:
         return int(line.split()[1]) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: str = "cpu") -> bool:
+    """
+    Let `peak_memory` count from what is in use now; what was freed is given back first.
+
+    Returns whether it does: of the peak of a process only Linux can be asked to forget it.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    trim_freed_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

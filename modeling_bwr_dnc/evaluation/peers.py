@@ -24,6 +24,8 @@ from transformers import (
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM
 from modeling_bwr_dnc.linear import linear
 
+# Tokens that peers are given at a time, where they are not given a whole prompt.
+READ_BLOCK_LENGTH = 1024
 # Positions that the peers are declared for; BWR-DNC's own never grow with the length.
 PEER_POSITIONS = 1 << 18
 
@@ -36,7 +38,7 @@ class Peer:
     Attributes:
         build: a new model of the shape of a `BwrDncConfig`.
         visible_keys: keys that the query at each of P positions reads, over all layers, [P]; None for a recurrent model.
-        read_block_length: a prompt is given in blocks of so many tokens (None: in one call).
+        read_block_length: a prompt is given in blocks of so many tokens when it is timed (None: in one call).
         longest_training: tokens of a training step above which its memory is out of proportion (None: no limit).
         has_lazy_end: its last layer computes outputs for the tokens alone whose logits are wanted.
         is_default: measured unless other models are named.
@@ -152,10 +154,10 @@ PEERS = {
         Peer(FULL, build_llama, visible_to_llama),
         Peer("llama-onednn", build_llama_onednn, visible_to_llama, is_default=False),
         # In one call its mask alone would be as large as the square of the length.
-        Peer("sliding-window", build_sliding_window, visible_to_sliding_window, read_block_length=1024),
+        Peer("sliding-window", build_sliding_window, visible_to_sliding_window, read_block_length=READ_BLOCK_LENGTH),
         # A step of 8,192 tokens at 120 million parameters, beside the other models, did not fit into 24 GB: without its CUDA
         # kernels Transformers spreads out the products of every chunk.
-        Peer("mamba2", build_mamba2, None, read_block_length=1024, longest_training=4096),
+        Peer("mamba2", build_mamba2, None, read_block_length=READ_BLOCK_LENGTH, longest_training=4096),
     )
 }
 DEFAULT_PEERS = tuple(name for name, peer in PEERS.items() if peer.is_default)

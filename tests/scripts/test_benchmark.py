@@ -11,7 +11,6 @@ from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM
 from modeling_bwr_dnc.evaluation import benchmark as measure
 from modeling_bwr_dnc.evaluation import machine
 from modeling_bwr_dnc.evaluation.benchmark import Benchmark
-from modeling_bwr_dnc.evaluation.benchmark_report import markdown, slope, speed_ratio, summarize
 from modeling_bwr_dnc.evaluation.peers import (
     DEFAULT_PEERS,
     PEERS,
@@ -236,39 +235,3 @@ def test_state_of_llama_is_its_keys_and_values():
     # What a sliding window shows of a block that it was read in.
     cache.layers[0].keys, cache.layers[0].values = cache.layers[0].keys[:, :, -4:], cache.layers[0].values[:, :, -4:]
     assert cache_nbytes(cache) == (2 * 2 * 3 * 32 * 10 * 4) // 2 + 2 * 2 * 3 * 32 * 4 * 2
-
-
-def made_up(seconds):
-    """Results with the given seconds of a training step by model and length."""
-    entries = [
-        {"what": "train", "model": model, "length": length, "batch_size": 1, "seconds": value, "rounds": [value] * 3,
-         "gemm_share": 0.5}
-        for (model, length), value in seconds.items()
-    ]  # fmt: skip
-    machine = {
-        "commit": "0",
-        "date": "2026-01-01 00:00 UTC",
-        "processor": "x",
-        "cores": 2,
-        "memory_gib": 8,
-        "device": "CPU",
-    }
-    return {
-        "command": "python", "machine": machine | {"threads": 2, "python": "3", "torch": "2", "transformers": "5"},
-        "settings": {"models": ["bwr-dnc", "llama"], "dtype": "float32"}, "parameters": {},
-        "limits": {"gemm_flops": 1e11, "bandwidth_bytes": 1e10}, "share_of_processors_used_by_others": 0.5,
-        "measurements": entries, "skipped": [],
-    }  # fmt: skip
-
-
-def test_ratios_slopes_and_verdicts_follow_from_the_measurements():
-    seconds = {("bwr-dnc", 2048): 2.0, ("llama", 2048): 1.0, ("bwr-dnc", 8192): 8.0, ("llama", 8192): 16.0}
-    results = summarize(made_up(seconds))
-    assert speed_ratio(results, "train", 8192) == 2.0
-    assert slope(results, "train", "bwr-dnc") == pytest.approx(1)
-    assert slope(results, "train", "llama") == pytest.approx(2)
-    verdicts = {row["figure"]: row["verdict"] for row in results["targets"]}
-    assert verdicts["training tokens/s at 8,192"] == "holds"
-    assert verdicts["training tokens/s at 2,048"] == "missed"
-    assert verdicts["training tokens/s at 512"] == "not measured"
-    assert "other processes took 50%" in markdown(results)

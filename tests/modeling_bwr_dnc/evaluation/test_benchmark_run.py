@@ -1,5 +1,7 @@
-"""A run of the benchmark keeps to its time, measures a point once, and goes on without a model that does not fit in memory."""
+"""A run of the benchmark keeps to its time, measures a point once, and goes on without what does not fit in memory."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import transformers
 
 from modeling_bwr_dnc import BwrDncConfig
 from modeling_bwr_dnc.evaluation import benchmark, machine
-from modeling_bwr_dnc.evaluation.benchmark import Benchmark, Settings
+from modeling_bwr_dnc.evaluation.benchmark import WARM_UP_LENGTH, Benchmark, Settings, memory_of_reading
 from modeling_bwr_dnc.evaluation.benchmark_report import summarize
 
 
@@ -94,6 +96,42 @@ def test_points_of_one_model_are_measured_again_beside_another(new_bench):
     bench.training(16)
     ours, _ = bench.results("")["measurements"]
     assert ours["rounds"] != alone[0]["rounds"]
+
+
+def measure_reading(bench: Benchmark, monkeypatch, name: str, length: int, look: Callable) -> dict:
+    """Memory of reading, in this process; `look` sees the model when it has been built."""
+    real_model = Settings.model
+
+    def model_of(settings: Settings, name: str):
+        model = real_model(settings, name)
+        look(model)
+        return model
+
+    monkeypatch.setattr(Settings, "model", model_of)
+    return memory_of_reading(bench.settings, name, length)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of a process's peak only Linux can be asked to forget it")
+def test_memory_of_reading_leaves_out_what_building_took(new_bench, monkeypatch):
+    peaks = []
+
+    def take_memory(_) -> None:
+        torch.ones(75_000_000)
+        peaks.append(machine.peak_memory())
+
+    found = measure_reading(new_bench(), monkeypatch, "bwr-dnc", 64, take_memory)
+    assert found["peak_bytes"] < peaks[0] - 200e6 and not found["peak_includes_building"]
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("bwr-dnc", [2100]), ("llama", [1024, 1024, 52])])
+def test_memory_of_reading_charges_no_peer_with_a_whole_prompt(new_bench, monkeypatch, name, blocks):
+    lengths = []
+
+    def watch(model) -> None:
+        model.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
+
+    measure_reading(new_bench(), monkeypatch, name, 2100, watch)
+    assert lengths == [WARM_UP_LENGTH, *blocks]
 
 
 @pytest.mark.parametrize("place", ["building", "warm-up", "turn"])
