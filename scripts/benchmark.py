@@ -229,13 +229,12 @@ def check(arguments: argparse.Namespace) -> None:
 
 def write(results: dict, output: Path) -> None:
     """The report and the picture."""
-    picture: str | None = "benchmark.png"
+    is_drawn = False
     try:
-        draw(results, output / picture)
+        is_drawn = draw(results, output / "benchmark.png")
     except ImportError:
         print("matplotlib is not installed, so there is no picture (pip install matplotlib)", file=sys.stderr)
-        picture = None
-    text = markdown(results, picture)
+    text = markdown(results, "benchmark.png" if is_drawn else None)
     for preset, found in results["throughput"].items():
         text += f"\n# Throughput of {preset}\n\n" + markdown(found).split("\n", 2)[2].lstrip()
     write_text(output / "benchmark.md", text)

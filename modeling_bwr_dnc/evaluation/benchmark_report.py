@@ -236,7 +236,10 @@ def _conditions(results: dict) -> str:
         f"{limits['bandwidth_bytes'] / 1e9:.1f} GB/s of memory.",
     ]
     if settings.get("clock") == "processor":
-        lines.append("Seconds are those in which the process really ran, not those that passed (`--clock processor`).")
+        lines.append(
+            "Seconds are those in which the process really ran, not those that passed (`--clock processor`), but for the start "
+            "of a new process."
+        )
     if results["parameters"]:
         lines.append(
             "Parameters: " + ", ".join(f"{name} {count:,}" for name, count in results["parameters"].items()) + "."
@@ -323,11 +326,13 @@ def _cold_section(results: dict) -> list[str]:
     entries = [entry for entry in results["measurements"] if entry["what"] == "cold"]
     names = ("import_seconds", "load_seconds", "token_seconds", "seconds")
     rows = [[entry["model"], *(f"{entry[name]:.2f}" for name in names)] for entry in entries]
-    return (
-        ["## Start of a new process, seconds", table(["", "import", "load", "first token", "in all"], rows)]
-        if rows
-        else []
-    )
+    if not rows:
+        return []
+    return [
+        "## Start of a new process, seconds",
+        "Seconds that passed, by whatever clock the rest was measured.",
+        table(["", "import", "load", "first token", "in all"], rows),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,19 +340,24 @@ def _cold_section(results: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw(results: dict, path: str | Path) -> None:
-    """Save tokens per second of training, prefill and decoding, and peak memory of reading, over length."""
+def draw(results: dict, path: str | Path) -> bool:
+    """
+    Save tokens per second of training, prefill and decoding, and peak memory of reading, over length.
+
+    Returns whether there was any of it to draw.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     panels: list[tuple] = [
         (what, title, "tokens per second", tokens_per_second, None) for what, title in TITLES.items()
     ]
-    panels.append(
-        ("memory", "reading", "peak memory of the process (GB)", lambda entry: entry["peak_bytes"] / 1e9, "reading")
-    )
-    measured = {(entry["what"], entry.get("variant")) for entry in results["measurements"]}
-    panels = [panel for panel in panels if (panel[0], panel[4]) in measured] or panels[:1]
+    unit = f"peak memory of {_memory_measured(results)} (GB)"
+    panels.append(("memory", "reading", unit, lambda entry: entry["peak_bytes"] / 1e9, "reading"))
+    measured = {(entry["what"], entry.get("variant")) for entry in results["measurements"] if entry["batch_size"] == 1}
+    panels = [panel for panel in panels if (panel[0], panel[4]) in measured]
+    if not panels:
+        return False
     figure = Figure(figsize=(3.75 * len(panels), 4), dpi=120, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (what, title, unit, height, variant) in zip(axes, panels):
@@ -364,10 +374,11 @@ def draw(results: dict, path: str | Path) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     machine, others = results["machine"], results["share_of_processors_used_by_others"]
     shared = f", machine shared ({others:.0%} used by others)" if others is not None and others > 0.05 else ""
-    figure.suptitle(
-        f"{machine['processor']}, {machine['threads']} threads, {machine['date'][:10]}{shared}", fontsize=10
-    )
+    on_cpu = machine["device"] == "CPU"
+    device = f"{machine['processor']}, {machine['threads']} threads" if on_cpu else machine["device"]
+    figure.suptitle(f"{device}, {machine['date'][:10]}{shared}", fontsize=10)
     figure.savefig(path)
+    return True
 
 
 def _draw_lines(axis, results: dict, what: str, height, variant: str | None = None) -> None:

@@ -130,6 +130,13 @@ def test_a_run_that_does_not_end_leaves_its_report(call, preset, tmp_path, monke
     assert (tmp_path / "benchmark.png").is_file()
 
 
+def test_a_picture_of_nothing_is_not_shown(call, preset, tmp_path, monkeypatch, given_limits):
+    monkeypatch.setattr(Benchmark, "cold_start", lambda _: None)
+    assert call(benchmark, "--what", "cold", "--preset", preset, "--output", tmp_path)[0] == 0
+    assert "benchmark.png" not in (tmp_path / "benchmark.md").read_text()
+    assert not (tmp_path / "benchmark.png").exists()
+
+
 def test_announced_figures_are_kept_as_they_come(call, preset, tmp_path, monkeypatch, given_limits):
     kept = []
 

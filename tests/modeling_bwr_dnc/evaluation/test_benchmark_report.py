@@ -2,7 +2,12 @@
 
 import pytest
 
-from modeling_bwr_dnc.evaluation.benchmark_report import markdown, slope, speed_ratio, summarize
+from modeling_bwr_dnc.evaluation.benchmark_report import draw, markdown, slope, speed_ratio, summarize
+
+COLD = {
+    "what": "cold", "model": "llama", "length": 8, "batch_size": 1, "seconds": 2.0, "rounds": [2.0],
+    "import_seconds": 1.0, "load_seconds": 0.5, "token_seconds": 0.5,
+}  # fmt: skip
 
 
 def made_up(seconds, *others, device="CPU"):
@@ -55,3 +60,34 @@ def test_memory_is_reported_with_how_it_was_measured(device, where):
     assert "the others blocks of 1,024 tokens" in report and "includes building" not in report
     report = markdown(summarize(made_up({}, reading(peak_includes_building=True), device=device)))
     assert "The peak includes building the model" in report
+
+
+@pytest.mark.parametrize(
+    ("device", "title", "unit"),
+    [
+        ("CPU", "x, 2 threads, 2026-01-01", "peak memory of the process (GB)"),
+        ("NVIDIA H100", "NVIDIA H100, 2026-01-01", "peak memory of CUDA's allocator (GB)"),
+    ],
+)
+def test_a_picture_names_the_device(monkeypatch, device, title, unit):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: saved.append(self))
+    assert draw(summarize(made_up({("llama", 64): 1.0}, reading(), device=device)), "unused.png")
+    assert saved[0].get_suptitle().startswith(title)
+    assert [axis.get_ylabel() for axis in saved[0].axes] == ["tokens per second", unit]
+
+
+def test_no_picture_is_drawn_of_nothing(tmp_path):
+    only_training = reading(variant="own loss, checkpointing on")
+    results = summarize(made_up({}, COLD, only_training, reading(batch_size=2)))
+    assert not draw(results, tmp_path / "benchmark.png") and not list(tmp_path.iterdir())
+
+
+def test_the_start_of_a_process_is_of_seconds_that_passed():
+    results = made_up({}, COLD)
+    results["settings"]["clock"] = "processor"
+    report = markdown(summarize(results))
+    assert "(`--clock processor`), but for the start of a new process" in report
+    assert "Seconds that passed, by whatever clock the rest was measured." in report
