@@ -160,7 +160,7 @@ def measure_asked(bench: Benchmark, arguments: argparse.Namespace, keep: Callabl
         bench.reading(length, prefill_rounds=None if prefills else 0, decodes=decodes)
         keep()
     if "memory" in asked:
-        lengths = arguments.lengths[-1:] if arguments.quick else arguments.lengths
+        lengths = [max(arguments.lengths)] if arguments.quick else arguments.lengths
         for length in lengths or measure.TRAINING_MEMORY_LENGTHS:
             bench.training_memory(length, MEMORY_VARIANTS)
             keep()

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", nargs="+", default=["full"], help="rows of the table: full, memory, lora, qlora (full)"
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048], help="sequence lengths to plan for (2048)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="sequence lengths to plan for (2048)")
     parser.add_argument("--span-length", type=int, help="read a sequence in spans of so many tokens")
     parser.add_argument("--gradient-spans", type=int, default=1, help="spans a gradient may cross, 0 for all (1)")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences per step (1)")
@@ -57,13 +57,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fit",
         metavar="SIZE",
-        help="the longest sequence that fits, such as 8GB or 7.5GiB, also with what saves memory",
+        help="the longest sequence that fits, such as 8GB or 7.5GiB, also with what saves memory; "
+        "without --lengths and --measure",
     )
     parser.add_argument("--measure", action="store_true", help="take two real steps of each setting and compare")
     return parser
 
 
 def plan(arguments: argparse.Namespace) -> None:
+    if arguments.fit is not None and (arguments.lengths or arguments.measure):
+        raise ValueError(
+            f"--fit is {arguments.fit!r} and looks for the length by itself, without real steps; "
+            "leave out --lengths and --measure, or --fit"
+        )
     settings = {"segment_length": arguments.segment_length, "memory_slots": arguments.memory_slots}
     setting = TrainingSetting(
         model=arguments.model,
@@ -88,7 +94,7 @@ def plan(arguments: argparse.Namespace) -> None:
     _print_row(header)
     _print_row(["---", *["---:"] * (len(header) - 1)])
     for row in rows:
-        for length in arguments.lengths:
+        for length in arguments.lengths or [2048]:
             row = replace(row, sequence_length=length)
             planned = plan_memory(row)
             cells = [row.method, f"{length:,}", *_gigabytes(planned)]

@@ -237,8 +237,8 @@ def _conditions(results: dict) -> str:
     ]
     if settings.get("clock") == "processor":
         lines.append(
-            "Seconds are those in which the process really ran, not those that passed (`--clock processor`), but for the start "
-            "of a new process."
+            "Seconds are those in which the process really ran, not those that passed (`--clock processor`), but for the "
+            "start of a new process."
         )
     if results["parameters"]:
         lines.append(

@@ -137,6 +137,14 @@ def test_a_picture_of_nothing_is_not_shown(call, preset, tmp_path, monkeypatch, 
     assert not (tmp_path / "benchmark.png").exists()
 
 
+def test_quick_takes_memory_at_the_longest_length(call, tmp_path, monkeypatch, given_limits):
+    lengths = []
+    monkeypatch.setattr(Benchmark, "training_memory", lambda _, length, variants: lengths.append(length))
+    monkeypatch.setattr(Benchmark, "reading_memory", lambda _, length: lengths.append(length))
+    assert call(benchmark, "--quick", "--what", "memory", "--lengths", 1024, 256, "--output", tmp_path)[0] == 0
+    assert lengths == [1024, 1024]
+
+
 def test_announced_figures_are_kept_as_they_come(call, preset, tmp_path, monkeypatch, given_limits):
     kept = []
 
