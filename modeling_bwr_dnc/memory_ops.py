@@ -515,7 +515,8 @@ def retention_scores(candidates: Candidates, noise_seed: int | torch.Tensor | No
     if retention.dtype == torch.float64:
         # Equal entries differ in their last bits, by the shapes of the products that made them; here they are to tie.
         retention = retention.float()
-    return retention.masked_fill(entries.is_hole, float("-inf"))
+    # What is no number, of weights that have diverged, would sort before other levels, and upset their counts.
+    return retention.masked_fill(entries.is_hole | retention.isnan(), float("-inf"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

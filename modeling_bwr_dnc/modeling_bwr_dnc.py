@@ -205,7 +205,8 @@ class Memory(nn.Module):
         salience = self.salience(hidden_states)
         if self.secondary_salience is None:
             return salience
-        return salience + torch.minimum(self.secondary_salience(hidden_states).relu(), (-salience).relu())
+        # Clamped, and not by `relu`, whose gradient at 0, where a neutral head is, would never let it learn.
+        return salience + torch.minimum(self.secondary_salience(hidden_states).clamp(min=0), (-salience).clamp(min=0))
 
 
 class ShortConvolution(nn.Module):

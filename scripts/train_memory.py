@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
+from modeling_bwr_dnc.memory_parameters import memory_in_float32
 from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_compressor, fit_salience
 from modeling_bwr_dnc.retrofit.boost import checked_lengths
 from modeling_bwr_dnc.retrofit.compressor import checked_room
@@ -49,7 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokens", type=int, default=40_000, help="tokens to read of each text, at most (40000)")
     parser.add_argument(
-        "--batch-size", type=int, default=1, help="texts to read side by side for the salience; more on a GPU (1)"
+        "--batch-size",
+        type=int,
+        default=1,
+        help="texts of about the same length to read side by side for the salience; more on a GPU (1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the facts and their places (0)")
     parser.add_argument(
@@ -151,6 +155,7 @@ def train_memory(arguments: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)
     check(arguments)
     model, tokenizer = load_model(arguments.model, arguments.device)
+    memory_in_float32(model)
     if not arguments.compressors_only:
         model.config.salience_pooling = arguments.pooling
         model.config.salience_boost, model.config.recency_weight = arguments.boost, arguments.recency
@@ -202,6 +207,8 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be a number above 0")
+    if not 0 <= arguments.prose_weight < float("inf"):
+        raise ValueError(f"--prose-weight is {arguments.prose_weight}, but must be a number of at least 0")
     if not 0 < arguments.share <= 1 or not 0 <= arguments.fact_share <= 1:
         raise ValueError(
             f"--share is {arguments.share} and --fact-share {arguments.fact_share}, but both must be at most 1, and --share above 0"

@@ -33,7 +33,8 @@ def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     """Write those memory parameters of the model that are not neutral (zero) to `path` and return their names.
 
     Raises:
-        ValueError: if the model has no memory parameters, or an untrained memory.
+        ValueError: if the model has no memory parameters, an untrained memory, or one with numbers that are not finite; a file that
+            is there already is kept.
         OSError: if the file cannot be written.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_memory_parameter(name)}
@@ -42,6 +43,11 @@ def save_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     tensors = {name: tensor for name, tensor in tensors.items() if bool(tensor.any())}
     if not tensors:
         raise ValueError("all memory parameters of the model are neutral; train its memory first")
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"the memory parameter {broken[0]!r} (of {len(broken)}) holds numbers that are not finite; train it anew"
+        )
     settings = {name: getattr(model.config, name) for name in SETTINGS}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +79,7 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
     """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        settings = json.loads((file.metadata() or {}).get("settings", "{}"))
+        settings = _said(path, file, "settings")
     if not tensors:
         raise ValueError(f"the memory adapter {path} is empty")
     shapes = {name: place.shape for name, place in model.state_dict().items() if is_memory_parameter(name)}
@@ -90,6 +96,11 @@ def load_memory_adapter(model: PreTrainedModel, path: str | Path) -> list[str]:
             )
         if not tensor.isfinite().all():
             raise ValueError(f"the memory adapter's {name!r} holds numbers that are not finite")
+    if not isinstance(settings, dict | None):
+        raise ValueError(
+            f"the memory adapter {path} has the settings {settings!r}, but they must be names with values"
+        )
+    settings = settings or {}
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         raise ValueError(f"the memory adapter {path} has the settings {unknown}, but may have {list(SETTINGS)} only")
@@ -114,24 +125,31 @@ def adapter_budget(path: str | Path) -> dict[str, list]:
         ValueError: if the file cannot be read, or what it says are no such lists.
     """
     with _opened(path) as file:
-        metadata = file.metadata() or {}
+        said = {name: _said(path, file, name) for name in ("memory_slots", "slot_shares")}
     budget = {}
     for name, is_one, rule in (
         ("memory_slots", lambda found: [type(count) for count in found] == [int] * 3, "three counts"),
         ("slot_shares", lambda found: {type(share) for share in found} <= {int, float}, "numbers"),
     ):
-        said = metadata.get(name, "null")
-        try:
-            found = json.loads(said)
-        except json.JSONDecodeError:
-            found = said
+        found = said[name]
         if found is not None and not (isinstance(found, list) and is_one(found)):
             raise ValueError(
-                f"the memory adapter {path} is meant for {name} = {said}, but they must be a list of {rule}"
+                f"the memory adapter {path} is meant for {name} = {found!r}, but they must be a list of {rule}"
             )
         if found is not None:
             budget[name] = found
     return budget
+
+
+def _said(path: str | Path, file: safe_open, name: str) -> object:
+    """A piece of an adapter's metadata, None if it is not there. Raises `ValueError` for what is no JSON, NaN among it."""
+    text = (file.metadata() or {}).get(name, "null")
+    try:
+        return json.loads(text, parse_constant=lambda constant: json.loads(f"no {constant}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"the memory adapter {path} has {name} = {text}, which is no JSON ({error}); restore it from a copy"
+        ) from error
 
 
 @contextmanager

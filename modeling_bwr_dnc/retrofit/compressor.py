@@ -8,6 +8,7 @@ If asked for, facts are hidden in a share of the stretches, and asked for at the
 alone. And tokens that go on with what was said before, word for word and before the window, can count several times.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -55,12 +56,19 @@ def fit_compressor(
         on_step: called with the number of the step and its loss of prose, in nats per token.
 
     Raises:
-        ValueError: if the model has no compressor, nothing is ever compressed, or a text or a stretch is too short, or facts are to
-            be hidden without a tokenizer.
+        ValueError: if the model has no compressor, or one in less than float32, nothing is ever compressed, a text or a stretch is too
+            short, or facts are to be hidden without a tokenizer; if the loss or a gradient is no longer finite, with the compressors
+            as they were then.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if ".memory.compressor." in name}
     if not named:
         raise ValueError("the model has no 'state_bank_attention' layer, so there is no compressor to fit")
+    narrow = {parameter.dtype for parameter in named.values() if torch.finfo(parameter.dtype).bits < 32}
+    if narrow:
+        raise ValueError(
+            f"the compressors are in {narrow.pop()}, in which small steps are lost; make the memory parameters float32 "
+            "(`memory_in_float32`)"
+        )
     room = checked_room(model, texts, length, segment_length, memory_slots)
     if fact_share and tokenizer is None:
         raise ValueError(f"fact_share is {fact_share}, but facts cannot be hidden without a tokenizer")
@@ -93,7 +101,12 @@ def fit_compressor(
                     for index, (is_copy, hidden) in enumerate(zip(copied, is_fact, strict=True))
                 ]
                 prose = _add_gradients(model, text, weights, answers, answer_weight)
-                torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+                norm = torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+                if not math.isfinite(prose + norm.item()):
+                    raise ValueError(
+                        f"after {step} steps of the compressors the loss is {prose} and the norm of its gradient {norm.item()}, but both must "
+                        f"be finite; lower the learning rate, now {learning_rate}"
+                    )
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
@@ -110,11 +123,17 @@ def checked_room(
     model: PreTrainedModel, texts: Sequence[list[int]], length: int, segment_length: int, memory_slots: Sequence[int]
 ) -> int:
     """
-    Tokens that the memory of `fit_compressor` has room for.
+    Tokens that the memory of `fit_compressor` has room for, in a layer with an equal share of the slots.
 
     Raises:
-        ValueError: if it compresses nothing, or a stretch of `length` tokens does not overflow it, or is longer than a text.
+        ValueError: for settings below the least, if it compresses nothing, or a stretch of `length` tokens does not overflow it,
+            or is longer than a text.
     """
+    if segment_length < 1 or min(memory_slots) < 0:
+        raise ValueError(
+            f"segment_length is {segment_length} and memory_slots {list(memory_slots)}, but a segment must have at least one token, and "
+            "no level less than no slot"
+        )
     room = model.config.num_sink_tokens + sum(memory_slots) + 2 * segment_length
     if not memory_slots[1]:
         raise ValueError(f"memory_slots is {list(memory_slots)}, without a compressed level; give level 1 some slots")

@@ -40,6 +40,8 @@ NEGLIGIBLE_NOISE = 0.2
 TEXT_WEIGHT = 10.0
 # Of so many tokens of ordinary text one is an example.
 EVERY = 2
+# Texts are read side by side, as far as the shortest reaches, if that is at least such a share of the longest.
+ALIKE = 0.9
 
 
 @dataclass
@@ -176,6 +178,20 @@ NONE, TEXT, FACT, REPEATED = range(-1, 3)
 Heard = Callable[[int, slice, torch.Tensor], None]
 
 
+def batches_of_alike(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Numbers of the texts to read side by side, by their `lengths`; those without a token are left out."""
+    numbers = [number for number, length in enumerate(lengths) if length]
+    if batch_size > 1:
+        numbers.sort(key=lambda number: -lengths[number])
+    batches: list[list[int]] = []
+    for number in numbers:
+        is_full = not batches or len(batches[-1]) == batch_size
+        if is_full or lengths[number] < ALIKE * lengths[batches[-1][0]]:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
+
+
 def averaged(inputs: torch.Tensor, width: int) -> torch.Tensor:
     """Inputs [B, T, F] of a salience head, or marks, averaged over the tokens around each as salience is."""
     return pooled_salience(inputs.transpose(1, 2), width).transpose(1, 2)
@@ -244,7 +260,8 @@ def fit_salience(
         repeat_layers: layers in which it counts; all by default.
         reach: tokens after which what is said again no longer counts.
         num_tokens: tokens that are read of each text; what is said again is looked for in all of it.
-        batch_size: texts that are read side by side, as far as the shortest of them reaches; a GPU needs many to be busy.
+        batch_size: at most so many texts, whose lengths differ by a tenth at most, are read side by side, as far as the shortest of
+            them reaches; a GPU needs many to be busy.
         on_progress: called after every block with the number of tokens it held.
 
     Returns: by layer, how many standard deviations of ordinary text lie between it and the facts.
@@ -260,6 +277,7 @@ def fit_salience(
         text_with_facts(tokenizer, token_ids[:num_tokens], random.Random(f"{seed} {number}"), gap)[:2]
         for number, token_ids in enumerate(texts)
     ]
+    lengths = [len(text) for text, _ in prepared]
     num_fact_tokens = sum(sum(is_fact) for _, is_fact in prepared)
     if not num_fact_tokens or not any(texts):
         raise ValueError(
@@ -272,14 +290,13 @@ def fit_salience(
     moments = {index: {kind: Moments.empty(model.config.hidden_size) for kind in (TEXT, REPEATED)} for index in heads}
     examples: dict[int, dict[int, list[torch.Tensor]]] = {index: {TEXT: [], FACT: []} for index in heads}
     num_repeated = 0
-    for first in range(0, len(texts), batch_size):
-        batch = prepared[first : first + batch_size]
-        length = min(len(text) for text, _ in batch)
-        classes = torch.tensor([is_fact[:length] for _, is_fact in batch], device=model.device).long()
+    for batch in batches_of_alike(lengths, batch_size):
+        length = min(lengths[number] for number in batch)
+        classes = torch.tensor([prepared[number][1][:length] for number in batch], device=model.device).long()
         if repeats:
-            for row, (token_ids, (text, _)) in enumerate(zip(texts[first:], batch)):
-                rest = [] if num_tokens is None else token_ids[num_tokens:][:reach]
-                marks = said_again([*text, *rest], (2 * model.config.segment_length, reach))[:length]
+            for row, number in enumerate(batch):
+                rest = [] if num_tokens is None else texts[number][num_tokens:][:reach]
+                marks = said_again([*prepared[number][0], *rest], (2 * model.config.segment_length, reach))[:length]
                 again = torch.tensor(marks, device=model.device)
                 classes[row, again & (classes[row] == TEXT)] = REPEATED
             num_repeated += int((classes == REPEATED).sum())
@@ -297,7 +314,7 @@ def fit_salience(
             for kind, chosen in ((TEXT, is_ordinary[:, tokens]), (FACT, classes[:, tokens] == FACT)):
                 examples[index][kind].append(pooled[chosen].half().cpu())
 
-        listen(model, heads, [text[:length] for text, _ in batch], add, on_progress)
+        listen(model, heads, [prepared[number][0][:length] for number in batch], add, on_progress)
     if repeats and not num_repeated:
         raise ValueError(
             f"`repeats` is {repeats}, but nothing is said again in the texts after more than {2 * model.config.segment_length} "

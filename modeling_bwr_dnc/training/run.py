@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_bwr_dnc import BwrDncConfig
 from ..loading import read_config, read_model, read_tokenizer
-from ..memory_parameters import is_memory_parameter
+from ..memory_parameters import is_memory_parameter, memory_in_float32
 from ..modeling_bwr_dnc import BwrDncForCausalLM
 from ..peft_defaults import MEMORY_MODULES, NOT_QUANTIZED
 from ..presets import list_presets, preset_path, tokenizer_path
@@ -251,9 +251,8 @@ def load_model(recipe: Recipe) -> BwrDncForCausalLM:
     check_settings(recipe.model_settings)
     quantization = recipe.quantization if recipe.method == "qlora" else None
     model = load_base(name, getattr(torch, recipe.dtype), quantization, **recipe.model_settings)
-    for parameter_name, parameter in model.named_parameters():
-        if is_memory_parameter(parameter_name) and recipe.method != "full":
-            parameter.data = parameter.data.float()
+    if recipe.method != "full":
+        memory_in_float32(model)
     return model
 
 

@@ -132,6 +132,17 @@ def test_the_second_salience_head_lifts_nothing_above_zero():
         assert (both > alone).any() and ((both > alone) & (both < 0)).any()
         memory.secondary_salience.weight.zero_()
         assert torch.equal(memory.salience_logits(inputs), alone)
+    # A neutral one can learn.
+    memory.salience_logits(inputs).sum().backward()
+    assert memory.secondary_salience.weight.grad.any()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_that_have_diverged_show_in_the_loss(training):
+    model, ids = tiny_model(tiny_config()).train(training), token_ids(90)
+    model.model.layers[0].self_attn.memory.salience.weight.data[:] = float("nan")
+    with torch.set_grad_enabled(training):
+        assert model(ids, labels=ids).loss.isnan()
 
 
 def test_a_model_with_every_learned_part_can_be_built_of_fake_tensors():

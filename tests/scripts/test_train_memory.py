@@ -1,5 +1,6 @@
 """`scripts.train_memory` writes an adapter that `scripts.convert` puts in, and refuses in one line."""
 
+import torch
 from safetensors.torch import load_file
 
 from modeling_bwr_dnc import BwrDncForCausalLM
@@ -21,6 +22,21 @@ def test_an_adapter_goes_into_a_conversion(call, tiny_source, tiny_model, tmp_pa
     assert model.config.salience_scale == 0.0006
     for name, tensor in load_file(adapter).items():
         assert tensor.any() and tensor.equal(model.state_dict()[name])
+
+
+def test_the_memory_of_a_model_in_half_precision_is_taught(call, tiny_source, tmp_path):
+    folder, adapter = tmp_path / "half", tmp_path / "memory.safetensors"
+    code, _, errors = call(
+        convert, "--source", tiny_source, "--output", folder, "--dtype", "float16",
+        "--segment-length", 8, "--num-sink-tokens", 2, "--memory-slots", 16, 8, 4,
+    )  # fmt: skip
+    assert code == 0, errors
+    options = ("--tokens", 3000, "--pooling", 5, "--boost-steps", 2, "--compressor-steps", 2)
+    code, _, errors = call(train_memory, "--model", folder, "--output", adapter, *options)
+    assert code == 0, errors
+    taught = load_file(adapter)
+    assert {tensor.dtype for tensor in taught.values()} == {torch.float32}
+    assert any(".compressor." in name for name in taught)
 
 
 def test_what_was_taught_outlives_an_interruption(call, tiny_source, tiny_model, tmp_path, monkeypatch):
@@ -58,6 +74,9 @@ def test_compressors_go_on_alone(call, tiny_source, tiny_model, tmp_path):
 
 def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path / "memory.safetensors"]
+    assert_refused("--prose-weight is nan", train_memory, *arguments, "--prose-weight", "nan")
+    small = ["--compressor-steps", 1, "--stretch-memory", 0, 16, 8, 4]
+    assert_refused("segment_length", train_memory, *arguments, *small)
     assert_refused("an odd number", train_memory, *arguments, "--pooling", 4)
     assert_refused("--tokens is 0", train_memory, *arguments, "--tokens", 0)
     for option in (("--scale", "nan"), ("--scale", "inf"), ("--learning-rate", 0), ("--copy-weight", "nan")):

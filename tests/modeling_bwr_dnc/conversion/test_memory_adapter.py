@@ -116,7 +116,7 @@ def test_unreadable_adapter_is_refused(tmp_path):
 def test_slots_that_are_none_are_refused(adapter, slots):
     path, _ = adapter
     save_file(load_file(path), path, metadata={"memory_slots": slots})
-    with pytest.raises(ValueError, match="three counts"):
+    with pytest.raises(ValueError, match="three counts|is no JSON"):
         adapter_budget(path)
 
 
@@ -124,7 +124,7 @@ def test_slots_that_are_none_are_refused(adapter, slots):
 def test_shares_that_are_none_are_refused(adapter, shares):
     path, _ = adapter
     save_file(load_file(path), path, metadata={"slot_shares": shares})
-    with pytest.raises(ValueError, match="list of numbers"):
+    with pytest.raises(ValueError, match="list of numbers|is no JSON"):
         adapter_budget(path)
 
 
@@ -133,3 +133,22 @@ def test_model_without_banks_has_no_adapter(tmp_path):
     model = transfer_weights(source, converted_config(source.config, 8, 2, [24, 8, 4], layer_types="window"))
     with pytest.raises(ValueError, match="no memory parameters"):
         save_memory_adapter(model, tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("settings", ["[]", '{"usage_weight": NaN}', '{"usage'])
+def test_settings_that_are_none_are_refused_and_change_nothing(adapter, settings):
+    path, model = adapter
+    save_file(load_file(path), path, metadata={"settings": settings})
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match="memory.safetensors has (the )?settings"):
+        load_memory_adapter(model, path)
+    assert model.config.to_dict() == before
+
+
+def test_numbers_that_are_not_finite_do_not_replace_an_adapter(adapter):
+    path, model = adapter
+    before = path.read_bytes()
+    model.model.layers[0].self_attn.memory.routing.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="routing.weight' .* not finite"):
+        save_memory_adapter(model, path)
+    assert path.read_bytes() == before

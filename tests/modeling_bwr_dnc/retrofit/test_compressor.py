@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modeling_bwr_dnc.evaluation.measuring import token_losses
+from modeling_bwr_dnc.memory_parameters import memory_in_float32
 from modeling_bwr_dnc.retrofit import fit_compressor
 from modeling_bwr_dnc.retrofit.compressor import _add_gradients
 from tests.modeling_bwr_dnc.builders import tiny_config, tiny_model
@@ -51,6 +52,8 @@ def test_a_share_of_the_way_is_gone(model):
     ("changes", "words"),
     [
         ({"memory_slots": (64, 0, 0)}, "without a compressed level"),
+        ({"memory_slots": (4, 8, -4)}, "memory_slots"),
+        ({"segment_length": 0}, "segment_length"),
         ({"length": 40}, "must be longer"),
         ({"length": 5000}, "no longer than the texts"),
     ],
@@ -58,6 +61,21 @@ def test_a_share_of_the_way_is_gone(model):
 def test_what_cannot_be_trained_is_refused(model, changes, words):
     with pytest.raises(ValueError, match=words):
         fit_compressor(model, [periodic(0)], **SMALL | changes)
+
+
+def test_compressors_in_half_precision_are_refused_until_they_are_wider(model):
+    model.half()
+    with pytest.raises(ValueError, match="compressors are in torch.float16"):
+        fit_compressor(model, [periodic(0)], num_steps=2, **SMALL)
+    memory_in_float32(model)
+    fit_compressor(model, [periodic(0)], num_steps=2, **SMALL)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_compressors_that_diverge_are_left_as_they_were_last(model):
+    with pytest.raises(ValueError, match="lower the learning rate, now 1e\\+200"):
+        fit_compressor(model, [periodic(0)], num_steps=40, learning_rate=1e200, **SMALL)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
 def test_a_model_without_banks_has_no_compressor():
