@@ -379,20 +379,20 @@ class BankReader:
             state = state.replaced(indices, self.begin_segment(part)[0])
         if all(active) and state.is_uniform:
             return self._read_in_place(tokens, state)
-        device = state.keys.device
         lengths = [state.length(index) for index in range(len(state.rows))]
         num_keys = min(max(lengths) + 1, state.keys.shape[2])
         positions = [rotary_start(n, state.num_prefix(i), self.settings) for i, n in enumerate(lengths)]
-        cos, sin = (t[:, None, None] for t in self.call.rotary.at(self.call.on_device(positions)))
-        is_active = self.call.on_device(active).bool()
+        cos, sin = self.call.rotations_of_rows(positions)
+        is_active = None if all(active) else self.call.on_device(active).bool()
 
         def write(buffer, index, value):
             """Write one entry per active row at its own `index`."""
-            dim = 1 if buffer.dim() == 2 else 2
-            index = self.call.on_device(index).clamp(max=buffer.shape[dim] - 1)
-            index = index.view(-1, *(1,) * (buffer.dim() - 1)).expand_as(value)
-            keep = is_active.view(-1, *(1,) * (buffer.dim() - 1))
-            buffer.scatter_(dim, index, torch.where(keep, value.to(buffer.dtype), buffer.gather(dim, index)))
+            dim, one = 1 if buffer.dim() == 2 else 2, (1,) * (buffer.dim() - 1)
+            index = self.call.on_device([min(i, buffer.shape[dim] - 1) for i in index])
+            index, value = index.view(-1, *one).expand_as(value), value.to(buffer.dtype)
+            if is_active is not None:
+                value = torch.where(is_active.view(-1, *one), value, buffer.gather(dim, index))
+            buffer.scatter_(dim, index, value)
 
         write(state.keys, lengths, tokens.keys)
         write(state.values, lengths, tokens.values)
@@ -413,17 +413,15 @@ class BankReader:
             state.complexity[rows, :, places] = tokens.complexity[rows, :, 0]
         for index, row in enumerate(state.rows):
             row.seen += active[index]
-        last = self.call.on_device(lengths)[:, None]
-        hidden = torch.arange(num_keys, device=device) > last  # [R, L]
-        mask = torch.zeros_like(hidden, dtype=tokens.queries.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
         output, weight = self._attend(
             rotate(tokens.queries, cos, sin),
             state.rotated[:, :, :num_keys],
             state.values[:, :, :num_keys],
             self._biases(state, tokens.complexity, num_keys),
-            mask=mask,
+            mask=self.call.mask_of_rows(lengths, num_keys).to(tokens.queries.dtype),
         )
-        output = output.masked_fill(~is_active[:, None, None, None], 0)
+        if is_active is not None:
+            output = output.masked_fill(~is_active[:, None, None, None], 0)
         return output, weight, state
 
     def _attend(self, queries, keys, values, biases, mask=None):

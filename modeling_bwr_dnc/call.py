@@ -103,7 +103,8 @@ class Call:
     # [B, W] column of the batch's mask that each real token of a row stands in, where the whole history is known.
     key_columns: torch.Tensor | None = None
     num_columns: int = 0
-    masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    rotations: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     neutral: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     numbers: dict[tuple, torch.Tensor] = field(default_factory=dict)
     elsewhere: "dict[torch.device, Call]" = field(default_factory=dict)
@@ -122,6 +123,7 @@ class Call:
                 token_ids=self.token_ids.to(device),
                 key_columns=None if self.key_columns is None else self.key_columns.to(device),
                 masks={},
+                rotations={},
                 neutral={},
                 numbers={},
             )
@@ -156,6 +158,31 @@ class Call:
             mask = causal_mask(num_queries, num_keys, self.rotary.device, self.rotary.dtype)
             self.masks[num_queries, num_keys, repeats] = mask.repeat(repeats, 1)
         return self.masks[num_queries, num_keys, repeats]
+
+    def rotations_of_rows(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [R, 1, 1, D] of one position per row, shared by all layers in which the rows stand there."""
+        return self._shared(self.rotations, tuple(positions), lambda: self._rotations_of_rows(positions))
+
+    def _rotations_of_rows(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.rotary.at(self.on_device(positions))
+        return cos[:, None, None], sin[:, None, None]
+
+    def mask_of_rows(self, last: Sequence[int], num_keys: int) -> torch.Tensor:
+        """Additive mask [R, 1, 1, L] of queries that see the entries up to one per row, shared by all layers."""
+        return self._shared(self.masks, ("rows", num_keys, *last), lambda: self._mask_of_rows(last, num_keys))
+
+    def _mask_of_rows(self, last: Sequence[int], num_keys: int) -> torch.Tensor:
+        hidden = torch.arange(num_keys, device=self.rotary.device) > self.on_device(last)[:, None]
+        return torch.zeros_like(hidden, dtype=self.rotary.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
+
+    @staticmethod
+    def _shared(made: dict, key: tuple, make: Callable):
+        """What is made once for all layers. Compiled, a look-up by position would compile anew for every one."""
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in made:
+            made[key] = make()
+        return made[key]
 
 
 @dataclass
