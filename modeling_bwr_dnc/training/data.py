@@ -268,12 +268,23 @@ def _to_rows(batch: dict[str, list], source: DataSource, tokenizer, length: int,
 
 def mix(parts: list[Dataset | IterableDataset], weights: list[float], seed: int = 0) -> Dataset | IterableDataset:
     """Rows of several data sets in proportion to `weights`; the smaller ones are repeated until each was read once."""
-    if any(isinstance(part, IterableDataset) for part in parts):
-        parts = [part.to_iterable_dataset() if isinstance(part, Dataset) else part for part in parts]
     if len(parts) == 1:
         return parts[0]
     probabilities = [weight / sum(weights) for weight in weights]
-    return interleave_datasets(parts, probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted")
+    return interleave_datasets(
+        _of_one_kind(parts), probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
+    )
+
+
+def join(parts: list[Dataset | IterableDataset]) -> Dataset | IterableDataset:
+    """Rows of several data sets, each once."""
+    return concatenate_datasets(_of_one_kind(parts))
+
+
+def _of_one_kind(parts: list[Dataset | IterableDataset]) -> list[Dataset] | list[IterableDataset]:
+    if any(isinstance(part, IterableDataset) for part in parts):
+        return [part.to_iterable_dataset() if isinstance(part, Dataset) else part for part in parts]
+    return parts
 
 
 def split_validation(
@@ -300,7 +311,7 @@ def split_validation(
         random.Random(seed).shuffle(order)
         training.append(rows.select(sorted(order[count:])))
         validation.append(rows.select(sorted(order[:count])))
-    return mix(training, weights, seed), concatenate_datasets(validation)
+    return mix(training, weights, seed), join(validation)
 
 
 @dataclass

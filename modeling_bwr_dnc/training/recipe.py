@@ -25,8 +25,8 @@ class DataRecipe:
 
     Attributes:
         sources: paths, or mappings with the fields of `DataSource`.
-        validation: sources of the held-out rows, 256 of a task; or `validation_fraction` of the training rows is set aside, of every
-            source that has two at least.
+        validation: sources of the held-out rows, each read once whatever its weight, 256 rows of a task; or
+            `validation_fraction` of the training rows is set aside, of every source that has two at least.
         sequence_length: tokens of a row.
         packing, streaming: see `build_rows`.
     """

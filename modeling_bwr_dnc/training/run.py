@@ -22,7 +22,7 @@ from ..staging import check_kept, complete_folder
 from ..tasks import PHASES, TASKS, Curriculum, Task
 from .arguments import BwrDncTrainingArguments
 from .curriculum_callback import CurriculumCallback
-from .data import DataSource, RowCollator, build_rows, split_validation
+from .data import DataSource, RowCollator, build_rows, join, split_validation
 from .recipe import Recipe
 from .stages import UNSEEN_SEED
 from .trainer import BwrDncTrainer
@@ -425,7 +425,8 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, tas
         parts = [build([source], data.streaming) for source in data.sources]
         return split_validation(parts, [source.weight for source in data.sources], data.validation_fraction, seed)
     rows = build(data.sources, data.streaming)
-    return rows, build(data.validation, False, tasks.validation_examples) if data.validation else None
+    validation = [build([source], False, tasks.validation_examples) for source in data.validation]
+    return rows, join(validation) if validation else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- result

@@ -15,7 +15,8 @@ from peft import PeftModel
 
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.training.data import DataSource
-from modeling_bwr_dnc.training.run import GeneratedTasks
+from modeling_bwr_dnc.training.recipe import read_recipe
+from modeling_bwr_dnc.training.run import GeneratedTasks, load_rows
 from scripts import finetune, train
 from tests.modeling_bwr_dnc.builders import tiny_config
 from tests.scripts.conftest import REPOSITORY
@@ -227,6 +228,21 @@ def test_a_curriculum_follows_the_model_and_goes_on_where_it_was(call, recipe, b
     shutil.rmtree(run / "checkpoint-8")
     assert call(train, "--config", recipe, *arguments, "--resume")[0] == 0
     assert history(run) == whole and len(steps()) == 8
+
+
+def test_validation_takes_each_row_of_several_sources_once(recipe, tmp_path):
+    (tmp_path / "short.txt").write_text(TEXT[:20])
+    (tmp_path / "long.txt").write_text(TEXT[:1000])
+    files = f"{tmp_path / 'short.txt'}, {tmp_path / 'long.txt'}"
+    overrides = ["data.validation_fraction=null", "data.sequence_length=16"]
+    tokenizer = byte_tokenizer()
+    tasks = GeneratedTasks(tokenizer, vocab_size=260, segment_length=8, batch_size=1, seed=0)
+    for sources, others in ((f"[{files}]", 0), (f"[{files}, {{task: copy, options: {{length: 32}}}}]", 256)):
+        described = read_recipe(recipe, [*overrides, f"data.validation={sources}"])
+        rows = [row["input_ids"] for row in load_rows(described, tokenizer, 0, tasks)[1]]
+        texts = len(rows) - others
+        written = tokenizer.decode(sum(rows[:texts], []), skip_special_tokens=True)
+        assert written == TEXT[:20] + TEXT[:1000]
 
 
 def test_a_task_validates(call, recipe, tmp_path):

@@ -8,6 +8,7 @@ from modeling_bwr_dnc.training.data import (
     DataSource,
     RowCollator,
     build_rows,
+    join,
     mix,
     pack,
     split_validation,
@@ -85,6 +86,12 @@ def test_sources_are_mixed_by_weight():
     parts = [Dataset.from_dict({"source": [name] * 300}) for name in "ab"]
     found = [row["source"] for row in mix(parts, [3, 1], seed=0)][:400]
     assert 0.68 < found.count("a") / 400 < 0.82
+
+
+def test_joined_rows_are_read_once():
+    parts = [Dataset.from_dict({"number": list(numbers)}) for numbers in (range(2), range(2, 30))]
+    for second in (parts[1], parts[1].to_iterable_dataset()):
+        assert [row["number"] for row in join([parts[0], second])] == list(range(30))
 
 
 def test_tasks_are_sources(tokenizer):
