@@ -43,9 +43,10 @@ def build_parser(name: str = "scripts.train", description: str | None = __doc__)
 def train(arguments: argparse.Namespace, from_scratch: bool = True) -> None:
     recipe = read_recipe(arguments.config, arguments.overrides)
     result = run_recipe(recipe, from_scratch=from_scratch, resume=arguments.resume)
-    held_out = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     print(f"{result.num_trained:,} of {result.num_parameters:,} parameters trained for {result.num_steps:,} steps")
-    print(f"mean training loss {result.train_loss:.4f}{held_out}")
+    for name, loss in (("mean training loss", result.train_loss), ("held-out loss", result.eval_loss)):
+        if loss is not None:
+            print(f"{name} {loss:.4f}")
     print(f"written to {result.folder}")
 
 

@@ -44,11 +44,15 @@ FREE_SETTINGS = {
 
 @dataclass
 class RunResult:
-    """What a run has done: its folder, steps, and last losses (nats per token)."""
+    """
+    What a run has done: its folder, steps, and last losses (nats per token).
+
+    `train_loss` is None where a resumed run had no step left to take.
+    """
 
     folder: Path
     num_steps: int
-    train_loss: float
+    train_loss: float | None
     eval_loss: float | None
     num_trained: int  # parameters
     num_parameters: int
@@ -113,7 +117,7 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
     return RunResult(
         folder=folder,
         num_steps=output.global_step,
-        train_loss=output.training_loss,
+        train_loss=output.training_loss or None,
         eval_loss=eval_loss,
         num_trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         num_parameters=trainer.model.num_parameters(),

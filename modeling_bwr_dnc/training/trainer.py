@@ -73,6 +73,13 @@ class BwrDncTrainer(Trainer):
         if "label_weights" not in self._signature_columns:
             self._signature_columns.append("label_weights")
 
+    def _run_epoch(self, *args, **kwargs):
+        """The library takes a step before it asks whether any is left; a checkpoint may have taken all of them."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     # ----------------------------------------------------------------------------------------------------------- loss
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:

@@ -90,6 +90,23 @@ def test_a_stopped_run_goes_on_with_the_same_losses(call, recipe, tmp_path):
     assert not left.exists()
 
 
+@pytest.mark.parametrize("length", ["training.max_steps=2", "training.num_train_epochs=0.05"])
+def test_a_finished_run_takes_no_further_step(call, recipe, tmp_path, length):
+    limited = ("--config", recipe, "training.max_steps=-1", length, "training.lr_scheduler_type=constant")
+    code, said, errors = call(train, *limited)
+    assert code == 0, errors
+    model = tmp_path / "run" / "model"
+    before, checkpoints = (model / "model.safetensors").read_bytes(), sorted((tmp_path / "run").glob("checkpoint-*"))
+    shutil.rmtree(model)
+    for _ in range(2):
+        code, again, errors = call(train, *limited, "--resume")
+        assert code == 0, errors
+        assert (model / "model.safetensors").read_bytes() == before
+        assert sorted((tmp_path / "run").glob("checkpoint-*")) == checkpoints
+        # There is no training loss, and the held-out one is that of before.
+        assert "mean training loss" not in again and again.splitlines()[-2:] == said.splitlines()[-2:]
+
+
 @pytest.mark.slow
 def test_a_run_killed_in_a_step_and_then_while_saving_loses_no_checkpoint(call, recipe, tmp_path):
     options = ("training.max_steps=12", "training.save_steps=1", "training.save_total_limit=3")
