@@ -253,6 +253,12 @@ def load_model(recipe: Recipe) -> BwrDncForCausalLM:
         )
     _require_folder_or_hub_name(name)
     check_settings(recipe.model_settings)
+    kernel = recipe.model_settings.get("short_conv_kernel")
+    if kernel and recipe.method != "full" and not read_config(name).short_conv_kernel:
+        raise ValueError(
+            f"`model_settings.short_conv_kernel` is {kernel}, but {name} has no such convolution, and the method "
+            f"{recipe.method} would leave a new one at zero; leave it out, or use the method full"
+        )
     quantization = recipe.quantization if recipe.method == "qlora" else None
     model = load_base(name, getattr(torch, recipe.dtype), quantization, **recipe.model_settings)
     if recipe.method != "full":

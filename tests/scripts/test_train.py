@@ -189,6 +189,18 @@ def test_the_memory_alone_can_be_trained(call, recipe, tiny_model, tmp_path):
     assert changed and all(".memory." in name for name in changed)
 
 
+def test_a_new_convolution_is_refused_where_it_would_not_be_trained(
+    call, assert_refused, recipe, tiny_model, tmp_path
+):
+    settings = ("--config", recipe, "training.max_steps=1", "model_settings.short_conv_kernel=3")
+    for method in ("memory", "lora"):
+        assert_refused("short_conv_kernel` is 3, but", finetune, *settings, f"model={tiny_model}", f"method={method}")
+    assert call(finetune, *settings, f"model={tiny_model}")[0] == 0
+    convolved = (f"model={tmp_path / 'run' / 'model'}", f"training.output_dir={tmp_path / 'memory'}")
+    code, _, errors = call(finetune, *settings, *convolved, "method=memory")
+    assert code == 0, errors
+
+
 def test_tasks_are_data(call, recipe):
     task = "data.sources=[{task: copy, options: {length: 32}}]"
     code, _, errors = call(train, "--config", recipe, task, "data.validation_fraction=null", "training.max_steps=2")
