@@ -563,6 +563,9 @@ def measure_memory(setting: TrainingSetting, num_steps: int = 2) -> dict[str, fl
     Raises:
         ValueError: if that process fails, such as for want of memory.
     """
+    if setting.model not in list_presets():
+        # That process starts elsewhere.
+        setting = replace(setting, model=str(Path(setting.model).resolve()))
     command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(asdict(setting)), str(num_steps)]
     root = Path(__file__).parent.parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)

@@ -1,4 +1,7 @@
+import json
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +93,18 @@ def test_sizes(text, size):
 def test_what_cannot_be_is_refused(settings):
     with pytest.raises(ValueError):
         plan_memory(replace(SETTING, **settings), 0)
+
+
+def test_a_folder_is_measured_wherever_it_was_named(tmp_path, monkeypatch):
+    def take_steps(command, cwd, **options):
+        (described,) = (json.loads(part) for part in command if part.startswith("{"))
+        assert Path(cwd, described["model"]) == tmp_path / "model"
+        return subprocess.CompletedProcess(command, 0, '{"peak": 1}')
+
+    model_config(SETTING).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", take_steps)
+    assert measure_memory(replace(SETTING, model="model")) == {"peak": 1}
 
 
 @pytest.mark.slow
