@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def compare_curriculum(arguments: argparse.Namespace) -> None:
     check_least(arguments, steps=1, rows=1, measure_every=1, adapt_every=1, tokens_per_batch=1, targets=0)
+    results = Path(arguments.output) / "results.json"
+    if results.exists():
+        raise ValueError(f"{results} exists already; choose another folder, or remove it")
     check_output(arguments.output)
     trainings = []
     for seed in arguments.seeds:

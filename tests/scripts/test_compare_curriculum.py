@@ -24,6 +24,12 @@ def test_ways_are_trained_and_measured_alike(call, tmp_path):
     assert not any("| 0.0 |" in line and "not reached" in line for line in printed.splitlines())
 
 
+def test_earlier_results_are_kept(assert_refused, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    assert_refused("results.json exists already; choose another", compare_curriculum, "--output", tmp_path, *QUICK)
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
 def test_a_target_is_reached_where_the_curve_first_is_that_high():
     curve = [{"step": 1, "seconds": 3.0, "accuracy": 0.2}, {"step": 2, "seconds": 7.0, "accuracy": 0.6}]
     assert seconds_to(0.5, curve) == 7.0
