@@ -9,6 +9,7 @@ row goes on in the next row as a document of its own.
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ class DataSource:
     Where documents come from; exactly one of `path` and `task`.
 
     Attributes:
-        path: a text, JSON lines or Parquet file, a folder of such files (one kind), a pattern with `*`, or a Hub name.
+        path: a text, JSON lines or Parquet file, a folder of such files (one kind), a pattern with `*` (`**`: any
+            folders), or a Hub name.
         task: name of a generated task, an iterable of `input_ids` and `labels`.
         weight: share of the rows of the mixture, relative to the other sources.
         column: column of the text. Rows with `prompt` and `completion`, or with `messages`, are recognised without it.
@@ -80,6 +82,8 @@ def load_documents(source: DataSource, streaming: bool = False) -> Dataset | Ite
     kind, options = _reader(source)
     try:
         documents = load_dataset(kind, streaming=streaming, **options)
+        # What is streamed is read from here on.
+        columns = documents.column_names or list(next(iter(documents.take(1)), {}))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"the data source {source.name!r} cannot be read: {first_line(error)}") from error
     except Exception as error:
@@ -88,7 +92,6 @@ def load_documents(source: DataSource, streaming: bool = False) -> Dataset | Ite
             raise
         reason = error.__cause__ or error
         raise ValueError(f"the data source {source.name!r} cannot be read: {first_line(reason)}") from error
-    columns = documents.column_names or list(next(iter(documents.take(1)), {}))
     _text_kind(columns, source)
     return documents
 
@@ -103,7 +106,7 @@ def _reader(source: DataSource) -> tuple[str, dict]:
         if not files:
             raise ValueError(f"the folder {source.path} holds no file ending in {', '.join(READERS)}")
     elif "*" in source.path:
-        files = sorted(path.parent.glob(path.name))
+        files = sorted(file for file in map(Path, glob(str(path), recursive=True)) if file.is_file())
         if not files:
             raise ValueError(f"no file matches {source.path}")
     elif path.suffix in READERS or path.is_absolute() or source.path.startswith("."):
@@ -120,7 +123,8 @@ def _reader(source: DataSource) -> tuple[str, dict]:
         raise ValueError(f"{source.path} is empty; name a file with text in it")
     options = {"data_files": [str(file) for file in files], "split": "train"}
     kind = kinds.pop()
-    return kind, options | ({"sample_by": "document"} if kind == "text" else {})
+    # Without the mark that some editors begin a file with, which would be the first token.
+    return kind, options | ({"sample_by": "document", "encoding": "utf-8-sig"} if kind == "text" else {})
 
 
 def _text_kind(columns: list[str], source: DataSource) -> str:

@@ -75,6 +75,27 @@ def test_every_kind_of_file_gives_the_same_tokens(tmp_path, text, tokenizer, kin
     assert ids[-1] == tokenizer.eos_token_id
 
 
+def test_a_pattern_looks_into_folders_in_the_order_of_names(tmp_path, tokenizer):
+    for name in ("b/deep/x.txt", "a/x.txt", "a/y.md", "x.txt"):
+        path = tmp_path / "sub" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"the text of {name}", encoding="utf-8")
+
+    def names(pattern):
+        rows = build_rows([DataSource(path=str(tmp_path / pattern))], tokenizer, 64, packing=False)
+        return [tokenizer.decode(row["input_ids"], skip_special_tokens=True).split()[-1] for row in rows]
+
+    assert names("sub/*/x.txt") == ["a/x.txt"]
+    assert names("sub/**/*.txt") == ["a/x.txt", "b/deep/x.txt", "x.txt"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, streaming):
+    (tmp_path / "a.txt").write_text("Hello there", encoding="utf-8-sig")
+    (row,) = build_rows([DataSource(path=str(tmp_path / "a.txt"))], tokenizer, 64, streaming=streaming)
+    assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == "Hello there"
+
+
 def test_only_completions_have_labels(tokenizer):
     row = {"prompt": "Two and two is ", "completion": "four"}
     ids, labels = tokenize_document(row, DataSource(path="x"), tokenizer)
@@ -123,6 +144,10 @@ def test_validation_rows_are_held_out():
         (lambda folder: folder / "missing.txt", "no file or folder"),
         (lambda folder: folder, "holds no file"),
         (lambda folder: (folder / "empty.txt", (folder / "empty.txt").write_text(""))[0], "is empty"),
+        (
+            lambda folder: (folder / "latin.txt", (folder / "latin.txt").write_bytes(b"caf\xe9 cr\xe8me"))[0],
+            "latin.txt' cannot be read",
+        ),
         (lambda folder: (folder / "bad.jsonl", (folder / "bad.jsonl").write_text("{no json"))[0], "cannot be read"),
         (
             lambda folder: (folder / "a.jsonl", (folder / "a.jsonl").write_text('{"title": "x"}\n'))[0],
@@ -138,6 +163,7 @@ def test_validation_rows_are_held_out():
         ),
     ],
 )
-def test_bad_sources_are_named(tmp_path, tokenizer, make, words):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_sources_are_named(tmp_path, tokenizer, make, words, streaming):
     with pytest.raises(ValueError, match=words):
-        build_rows([DataSource(path=str(make(tmp_path)))], tokenizer, 16)
+        build_rows([DataSource(path=str(make(tmp_path)))], tokenizer, 16, streaming=streaming)
