@@ -148,30 +148,59 @@ def tokenize_document(
     Token ids and labels of one document, closed by the end-of-text token if the tokenizer has one.
 
     Of `prompt` and `completion` only the completion has labels; of `messages` the assistant's turns, where the chat template
-    marks them, otherwise all.
+    marks them, otherwise all. Whitespace that the template puts after the last turn is left out; the end-of-text token
+    follows unless the turn ends with it, and is a label after the assistant's.
+
+    Raises:
+        ValueError: for a row that holds something else than text, or messages that do not fit the chat template.
     """
     kind = _text_kind(list(row), source)
     if kind == "messages":
-        return _tokenize_chat(row["messages"], tokenizer)
+        return _tokenize_chat(row["messages"], source, tokenizer)
     if kind == "text":
         prompt, text = "", row[source.column]
     else:
         prompt, text = row["prompt"], row["completion"]
     if not isinstance(text, str) or not isinstance(prompt, str):
-        raise ValueError(f"a row of the data source {source.name!r} holds {type(text).__name__} where text should be")
+        raise ValueError(
+            f"a row of the data source {source.name!r} holds {type(text).__name__} where text should be; mend "
+            "the row or leave it out"
+        )
     before = tokenizer(prompt, verbose=False).input_ids if prompt else []
     ids = tokenizer(text, add_special_tokens=not prompt, verbose=False).input_ids
     end = [] if tokenizer.eos_token_id is None or not ids else [tokenizer.eos_token_id]
     return before + ids + end, [IGNORED] * len(before) + ids + end
 
 
-def _tokenize_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _tokenize_chat(messages, source: DataSource, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    if not isinstance(messages, list) or not messages or not all(map(_is_turn, messages)):
+        raise ValueError(
+            f"a row of the data source {source.name!r} has the `messages` {messages!r:.200}, but they must be a list "
+            "of one or more mappings with texts as `role` and `content`; mend the row or leave it out"
+        )
     marks = "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or "")
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=marks)
+    try:
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=marks)
+    except Exception as error:
+        # A template may raise anything.
+        raise ValueError(
+            f"a row of the data source {source.name!r} does not fit the tokenizer's chat template ({first_line(error)})"
+            "; mend the row or leave it out, or use another tokenizer"
+        ) from error
     ids = list(encoded["input_ids"])
-    if not marks:
-        return ids, list(ids)
-    return ids, [token if mine else IGNORED for token, mine in zip(ids, encoded["assistant_masks"], strict=True)]
+    mine = encoded["assistant_masks"] if marks else [1] * len(ids)
+    labels = [token if is_mine else IGNORED for token, is_mine in zip(ids, mine, strict=True)]
+    while ids and not tokenizer.decode(ids[-1]).strip():
+        del ids[-1], labels[-1]
+    end = tokenizer.eos_token_id
+    if ids and end not in (None, ids[-1]):
+        ids.append(end)
+        labels.append(end if messages[-1]["role"] == "assistant" else IGNORED)
+    return ids, labels
+
+
+def _is_turn(message) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def pack(documents: Iterable[tuple[list[int], list[int]]], sequence_length: int) -> Iterator[dict[str, list[int]]]:

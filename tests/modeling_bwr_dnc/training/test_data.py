@@ -3,7 +3,9 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer
 
+from modeling_bwr_dnc.presets import tokenizer_path
 from modeling_bwr_dnc.training.data import (
     DataSource,
     RowCollator,
@@ -96,6 +98,23 @@ def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, streaming):
     assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == "Hello there"
 
 
+CHAT = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
+
+
+def test_a_chat_ends_with_the_end_of_text_token(tokenizer):
+    source = DataSource(path="x")
+    # Where the turn ends with it, there is no other.
+    ids, labels = tokenize_document({"messages": CHAT}, source, tokenizer)
+    assert tokenizer.decode(ids).endswith("Four.<|im_end|>") and ids == labels
+    package = AutoTokenizer.from_pretrained(tokenizer_path())
+    ids, labels = tokenize_document({"messages": CHAT}, source, package)
+    assert package.decode(ids).endswith("Four.<|im_end|><|endoftext|>")
+    assert package.decode([label for label in labels if label != -100]) == "Four.<|im_end|><|endoftext|>"
+    # Nobody learns to end what a user has said.
+    ids, labels = tokenize_document({"messages": CHAT[:1]}, source, package)
+    assert ids[-1] == package.eos_token_id and set(labels) == {-100}
+
+
 def test_only_completions_have_labels(tokenizer):
     row = {"prompt": "Two and two is ", "completion": "four"}
     ids, labels = tokenize_document(row, DataSource(path="x"), tokenizer)
@@ -167,3 +186,32 @@ def test_validation_rows_are_held_out():
 def test_bad_sources_are_named(tmp_path, tokenizer, make, words, streaming):
     with pytest.raises(ValueError, match=words):
         build_rows([DataSource(path=str(make(tmp_path)))], tokenizer, 16, streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        "hello",
+        [],
+        ["hello"],
+        [{"from": "user", "value": "hi"}],
+        [CHAT[0], {"role": "assistant", "content": None}],
+    ],
+)
+def test_a_row_that_holds_no_chat_is_refused(tmp_path, tokenizer, messages):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(ValueError, match="chats.jsonl' has the `messages` .* must be .*; mend the row"):
+        build_rows([DataSource(path=str(path))], tokenizer, 16)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [(None, "template"), ("{{ raise_exception('no user') }}", "no user"), ("{{ messages + 1 }}", "can only")],
+)
+def test_a_chat_that_does_not_fit_its_template_is_refused(template, reason):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"'chats' does not fit .*{reason}.*; mend the row"):
+        tokenize_document({"messages": CHAT}, DataSource(path="chats"), tokenizer)
