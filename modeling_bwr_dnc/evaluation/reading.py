@@ -87,7 +87,8 @@ def close_chat_turn(tokenizer: PreTrainedTokenizerBase, reply: torch.Tensor) -> 
     turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": mark}]
     ending = _render(tokenizer, turns).rpartition(mark)[2]
     ids = tokenizer(ending, add_special_tokens=False, return_tensors="pt").input_ids.long()
-    if reply.shape[1] and ids.shape[1] and ids[0, 0] == reply[0, -1]:
+    # The end of the turn is written already, by itself or before the end of the text.
+    if ids.shape[1] and ids[0, 0] in reply[0, -2:]:
         ids = ids[:, 1:]
     return ids
 

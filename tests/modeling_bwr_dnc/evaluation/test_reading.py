@@ -82,6 +82,14 @@ def test_a_turn_that_ends_with_nothing_but_what_the_reply_ends_with_is_closed(mo
     assert cache.get_seq_length() == 2
 
 
+def test_a_turn_that_was_ended_before_the_text_is_not_ended_again(tokenizer):
+    turn_end, text_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    alone = close_chat_turn(tokenizer, torch.tensor([[65]]))[0].tolist()
+    assert alone[0] == turn_end
+    for reply in ([65, turn_end], [65, turn_end, text_end]):
+        assert close_chat_turn(tokenizer, torch.tensor([reply]))[0].tolist() == alone[1:]
+
+
 def test_turns_of_a_chat_add_up_to_the_template_of_the_whole(tokenizer):
     reply = tokenizer("It is.", return_tensors="pt").input_ids
     turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
