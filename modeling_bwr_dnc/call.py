@@ -15,6 +15,15 @@ from .memory_ops import COMPLEXITY_SHIFT, BankSettings, causal_mask, prefix_posi
 from .state_bank import StateBankCache
 
 
+def shared(made: dict, key: tuple, make: Callable):
+    """What is made once for all layers. Compiled, a look-up by position would compile anew for every one."""
+    if torch.compiler.is_compiling():
+        return make()
+    if key not in made:
+        made[key] = make()
+    return made[key]
+
+
 class RotaryTable:
     """Cosines and sines of RoPE for one forward pass, see `rotate`, computed once per range of positions and shared by all layers."""
 
@@ -39,12 +48,7 @@ class RotaryTable:
 
     def range(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [stop - start, D] of consecutive positions."""
-        if torch.compiler.is_compiling():
-            # A look-up by position would compile anew for every one.
-            return self.at(torch.arange(start, stop, device=self.device))
-        if (start, stop) not in self.ranges:
-            self.ranges[start, stop] = self.at(torch.arange(start, stop, device=self.device))
-        return self.ranges[start, stop]
+        return shared(self.ranges, (start, stop), lambda: self.at(torch.arange(start, stop, device=self.device)))
 
     def entries(self, num_prefix: int, settings: BankSettings) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [N + 2S, D] of the entries before a window and of those in it."""
@@ -161,7 +165,7 @@ class Call:
 
     def rotations_of_rows(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [R, 1, 1, D] of one position per row, shared by all layers in which the rows stand there."""
-        return self._shared(self.rotations, tuple(positions), lambda: self._rotations_of_rows(positions))
+        return shared(self.rotations, tuple(positions), lambda: self._rotations_of_rows(positions))
 
     def _rotations_of_rows(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self.rotary.at(self.on_device(positions))
@@ -169,20 +173,11 @@ class Call:
 
     def mask_of_rows(self, last: Sequence[int], num_keys: int) -> torch.Tensor:
         """Additive mask [R, 1, 1, L] of queries that see the entries up to one per row, shared by all layers."""
-        return self._shared(self.masks, ("rows", num_keys, *last), lambda: self._mask_of_rows(last, num_keys))
+        return shared(self.masks, ("rows", num_keys, *last), lambda: self._mask_of_rows(last, num_keys))
 
     def _mask_of_rows(self, last: Sequence[int], num_keys: int) -> torch.Tensor:
         hidden = torch.arange(num_keys, device=self.rotary.device) > self.on_device(last)[:, None]
         return torch.zeros_like(hidden, dtype=self.rotary.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
-
-    @staticmethod
-    def _shared(made: dict, key: tuple, make: Callable):
-        """What is made once for all layers. Compiled, a look-up by position would compile anew for every one."""
-        if torch.compiler.is_compiling():
-            return make()
-        if key not in made:
-            made[key] = make()
-        return made[key]
 
 
 @dataclass

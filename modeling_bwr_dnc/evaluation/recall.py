@@ -203,7 +203,7 @@ def asked_by_depth(
             model runs meanwhile.
     """
     asked = points(policies, lengths, full_limit)
-    for _, length in asked:
+    for length in {length for _, length in asked}:
         # Whether the text is long enough is known before anything is read.
         text_to_recall(tokenizer, token_ids, length, random.Random(seed))
     for policy, length in asked:
