@@ -37,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
         "scripts.compare_curriculum", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, help="folder for results.json")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of training (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each (0 1 2)")
     parser.add_argument("--steps", type=int, default=1000, help="at most (1000)")
     parser.add_argument(
         "--first-length",
@@ -46,9 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=64,
         help="tokens of a row in the first phase; four times that in the last (64)",
     )
-    parser.add_argument("--vocab-size", type=int, default=80)
-    parser.add_argument("--tokens-per-batch", type=int, default=2048)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--vocab-size", type=int, default=80, help="symbols of the tasks (80)")
+    parser.add_argument("--tokens-per-batch", type=int, default=2048, help="of a step (2048)")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="at its height (0.005)")
     parser.add_argument("--adapt-every", type=int, default=25, help="steps between two looks at the success rate (25)")
     parser.add_argument("--promote-at", type=float, default=0.9, help="success rate that makes it harder (0.9)")
     parser.add_argument("--measure-every", type=int, default=50, help="steps between two measurements (50)")

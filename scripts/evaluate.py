@@ -61,27 +61,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder or Hub name")
     parser.add_argument("--output", required=True, help="folder to write the results into")
-    parser.add_argument("--measures", nargs="+", choices=MEASURING, default=["loss", "passkey"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096], help="in tokens")
+    parser.add_argument("--measures", nargs="+", choices=MEASURING, default=["loss", "passkey"], help="what to measure (loss passkey)")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096], help="in tokens (1024 2048 4096)")
     parser.add_argument(
-        "--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 is far, 1 is near"
+        "--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 is far, 1 is near (0 0.25 0.5 0.75 1)"
     )
-    parser.add_argument("--rows", type=int, default=8, help="examples per point")
-    parser.add_argument("--seed", type=int, default=10_000, help="of the examples")
+    parser.add_argument("--rows", type=int, default=8, help="examples per point (8)")
+    parser.add_argument("--seed", type=int, default=10_000, help="of the examples (10000)")
     parser.add_argument("--text", help="UTF-8 file; by default the Python language reference")
     parser.add_argument("--kind", help="of needle: code, word, name, date; by default all")
     parser.add_argument("--task", choices=sorted(TASKS), help="by default what the model was trained on")
     parser.add_argument(
         "--option", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the task, such as hops=2"
     )
-    parser.add_argument("--pairs", nargs="+", type=int, default=[8, 16, 32, 64], help="pairs in a row, for `pairs`")
-    parser.add_argument("--slots", nargs="+", type=int, default=[8, 16, 32, 64], help="raw slots, for `pairs`")
+    parser.add_argument("--pairs", nargs="+", type=int, default=[8, 16, 32, 64], help="pairs in a row, for `pairs` (8 to 64)")
+    parser.add_argument("--slots", nargs="+", type=int, default=[8, 16, 32, 64], help="raw slots, for `pairs` (8 to 64)")
     parser.add_argument(
         "--budgets",
         nargs="+",
         type=int,
         default=[192, 384, 768, 1536],
-        help="slots, shared out among the levels as the model's, for `budgets`: facts and loss against bytes",
+        help="slots, shared out among the levels as the model's, for `budgets`: facts and loss against bytes (192 to 1536)",
     )
     add_budget(parser)
     parser.add_argument(
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--full-limit",
         type=int,
         default=8192,
-        help="the longest text that full attention is measured on (its cost grows); `budgets` and `pairs` have no limit",
+        help="the longest text that full attention is measured on (8192; its cost grows); `budgets` and `pairs` have no limit",
     )
     add_device(parser)
     return parser

@@ -44,11 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
         "scripts.train_task", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, help="folder for the models and the results")
-    parser.add_argument("--task", choices=sorted(TASKS), default="lookup")
+    parser.add_argument("--task", choices=sorted(TASKS), default="lookup", help="what is learned (lookup)")
     parser.add_argument(
         "--option", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the task, such as num_pairs=16"
     )
-    parser.add_argument("--length", type=int, default=256, help="the longest training rows, in tokens")
+    parser.add_argument("--length", type=int, default=256, help="the longest training rows, in tokens (256)")
     parser.add_argument(
         "--models",
         nargs="+",
@@ -57,11 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KIND",
         help=f"of {', '.join(MODEL_KINDS)} (these by default); the memory with one part changed: {', '.join(ABLATIONS)}",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--tokens-per-batch", type=int, default=2048)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--memory-learning-rate", type=float, default=1e-2)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one model each (0)")
+    parser.add_argument("--steps", type=int, default=700, help="of training (700)")
+    parser.add_argument("--tokens-per-batch", type=int, default=2048, help="of a step (2048)")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="at its height, of AdamW (0.005)")
+    parser.add_argument("--memory-learning-rate", type=float, default=1e-2, help="of the memory parameters (0.01)")
     parser.add_argument(
         "--warmup-steps", type=int, default=50, help="in which the learning rates rise, at most a quarter of all (50)"
     )
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--salience-margin", type=float, default=0.0, help="how far below 0 that cost pushes what no answer needs (0)"
     )
-    parser.add_argument("--memory-slots", nargs=3, type=int, default=[32, 16, 8], metavar="N", help="raw, 2x, 4x")
+    parser.add_argument("--memory-slots", nargs=3, type=int, default=[32, 16, 8], metavar="N", help="raw, 2x, 4x (32 16 8)")
     parser.add_argument(
         "--setting",
         nargs="+",
@@ -85,13 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-stages", action="store_true", help="rows of full length from the start, instead of short ones first"
     )
-    parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], help="to measure at")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], help="to measure at (256 to 4096)")
     parser.add_argument(
         "--pairs", nargs="*", type=int, default=[], help="also measure with so many pairs, at twice the length"
     )
-    parser.add_argument("--rows", type=int, default=32, help="rows per point")
+    parser.add_argument("--rows", type=int, default=32, help="rows per point (32)")
     parser.add_argument(
-        "--full-limit", type=int, default=8192, help="the longest rows that full attention is measured on"
+        "--full-limit", type=int, default=8192, help="the longest rows that full attention is measured on (8192)"
     )
     return parser
 

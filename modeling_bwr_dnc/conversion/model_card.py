@@ -50,8 +50,8 @@ def _body(source, record, is_chat: bool) -> str:
     return f"""# {source.name}, converted to BWR-DNC
 
 The weights of `{source.name}` in a decoder whose past is bounded: every layer sees {record.num_sink_tokens} sink tokens, an exact
-window of {record.segment_length} to {2 * record.segment_length} tokens, and{which} a StateBank of {held} slots{by_layer}. Memory per
-sequence and time per token do not grow with the length read.
+window of {record.segment_length} to {2 * record.segment_length} tokens, and{which} a StateBank of {held} slots{by_layer}. Once the bank
+is full, memory per sequence and time per token no longer grow.
 
 Up to {lossless:,} tokens the model equals its source's full attention. {proof} {adapter}
 
