@@ -371,8 +371,10 @@ class StateBankCache(Cache):
                 layer.state = layer.state.map(torch.Tensor.clone)
         return cloned
 
-    def to(self, device: torch.device | str) -> "StateBankCache":
-        """Move every tensor to a device, in place. Raises `ValueError` for anything else, a type among them."""
+    def to(self, device: torch.device | str | None) -> "StateBankCache":
+        """Move every tensor to a device, in place; None: where it is, as torch does. Raises `ValueError` for anything else, a type among them."""
+        if device is None:
+            return self
         if not isinstance(device, (str, int, torch.device)):
             raise ValueError(
                 f"`StateBankCache.to` takes a device, but was given {device!r}; a memory is in the precision that it was read in, "

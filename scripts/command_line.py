@@ -109,6 +109,12 @@ def check_output(place: str | Path) -> None:
         ) from error
 
 
+def check_no_results(folder: str | Path) -> None:
+    """Raises `ValueError` if an earlier run has left its results in `folder`."""
+    if (Path(folder) / "results.json").exists():
+        raise ValueError(f"{folder} holds the results of an earlier run; choose another folder, or remove it")
+
+
 def check_least(arguments: argparse.Namespace, **least: int) -> None:
     """Raises `ValueError` if an option, or one of its values, is below the number given for it."""
     for name, bound in least.items():

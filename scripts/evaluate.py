@@ -42,6 +42,7 @@ from scripts.command_line import (
     add_budget,
     add_device,
     check_least,
+    check_no_results,
     check_output,
     key_and_value,
     load_bare_model,
@@ -61,10 +62,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder or Hub name")
     parser.add_argument("--output", required=True, help="folder to write the results into")
-    parser.add_argument("--measures", nargs="+", choices=MEASURING, default=["loss", "passkey"], help="what to measure (loss passkey)")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096], help="in tokens (1024 2048 4096)")
     parser.add_argument(
-        "--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 is far, 1 is near (0 0.25 0.5 0.75 1)"
+        "--measures", nargs="+", choices=MEASURING, default=["loss", "passkey"], help="what to measure (loss passkey)"
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[1024, 2048, 4096], help="in tokens (1024 2048 4096)"
+    )
+    parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=float,
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        help="0 is far, 1 is near (0 0.25 0.5 0.75 1)",
     )
     parser.add_argument("--rows", type=int, default=8, help="examples per point (8)")
     parser.add_argument("--seed", type=int, default=10_000, help="of the examples (10000)")
@@ -74,8 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--option", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the task, such as hops=2"
     )
-    parser.add_argument("--pairs", nargs="+", type=int, default=[8, 16, 32, 64], help="pairs in a row, for `pairs` (8 to 64)")
-    parser.add_argument("--slots", nargs="+", type=int, default=[8, 16, 32, 64], help="raw slots, for `pairs` (8 to 64)")
+    parser.add_argument(
+        "--pairs", nargs="+", type=int, default=[8, 16, 32, 64], help="pairs in a row, for `pairs` (8 to 64)"
+    )
+    parser.add_argument(
+        "--slots", nargs="+", type=int, default=[8, 16, 32, 64], help="raw slots, for `pairs` (8 to 64)"
+    )
     parser.add_argument(
         "--budgets",
         nargs="+",
@@ -107,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     check_least(arguments, lengths=2, rows=1, pairs=1, slots=0, budgets=1, full_limit=0)
     check_output(arguments.output)
+    check_no_results(arguments.output)
     if set(arguments.measures) & set(TEXT_MEASURES) or asks_in_words(arguments):
         model, tokenizer = load_model(arguments.model, arguments.device)
     else:

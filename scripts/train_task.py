@@ -32,7 +32,7 @@ from modeling_bwr_dnc.staging import complete_folder, write_text
 from modeling_bwr_dnc.tasks import TASKS, Task
 from modeling_bwr_dnc.training.learning import ABLATIONS, MODEL_KINDS, grown, learn, small_config
 from modeling_bwr_dnc.training.stages import Stage, Stages, staged
-from scripts.command_line import check_least, check_output, key_and_value, load_bare_model, run
+from scripts.command_line import check_least, check_no_results, check_output, key_and_value, load_bare_model, run
 from scripts.evaluate import TASK_FILE, task_from
 
 # Rows of the measurements; training uses small seeds.
@@ -69,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--salience-margin", type=float, default=0.0, help="how far below 0 that cost pushes what no answer needs (0)"
     )
-    parser.add_argument("--memory-slots", nargs=3, type=int, default=[32, 16, 8], metavar="N", help="raw, 2x, 4x (32 16 8)")
+    parser.add_argument(
+        "--memory-slots", nargs=3, type=int, default=[32, 16, 8], metavar="N", help="raw, 2x, 4x (32 16 8)"
+    )
     parser.add_argument(
         "--setting",
         nargs="+",
@@ -85,7 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-stages", action="store_true", help="rows of full length from the start, instead of short ones first"
     )
-    parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], help="to measure at (256 to 4096)")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], help="to measure at (256 to 4096)"
+    )
     parser.add_argument(
         "--pairs", nargs="*", type=int, default=[], help="also measure with so many pairs, at twice the length"
     )
@@ -99,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
 def train_task(arguments: argparse.Namespace) -> None:
     check_least(arguments, steps=1, warmup_steps=0, tokens_per_batch=1, lengths=1, pairs=1, rows=1, full_limit=0)
     check_output(arguments.output)
+    check_no_results(arguments.output)
     task = task_from(arguments.task, arguments.option, {"length": arguments.length})
     settings = dict(map(key_and_value, arguments.setting))
     if "memory_slots" in settings:

@@ -61,7 +61,7 @@ Up to {lossless:,} tokens the model equals its source's full attention. {proof} 
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO", trust_remote_code=True)
 generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
 print(generator({prompt}, max_new_tokens=40)[0]["generated_text"])
 ```

@@ -83,11 +83,16 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
     checkpoint = find_checkpoint(Path(arguments.output_dir), resume)
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe)
-    model = new_model(recipe, tokenizer) if from_scratch else load_model(recipe)
+    model = new_model(recipe, tokenizer) if from_scratch else load_model(recipe, tokenizer)
     if checkpoint is not None:
         check_checkpoint(checkpoint, model)
     model = prepare_for_method(model, recipe)
     config = model.config
+    try:
+        # Asked for when training begins; here the data are not read yet.
+        BwrDncTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
     tasks = GeneratedTasks(
         tokenizer, config.vocab_size, config.segment_length, arguments.train_batch_size, arguments.seed
     )
@@ -105,7 +110,7 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
             ),
         )
     except (ImportError, RuntimeError) as error:
-        # A missing logger or optimizer library says what to install.
+        # A missing logger says what to install.
         raise ValueError(str(error)) from error
     for callback in tasks.callbacks:
         callback.follow(trainer)
@@ -113,14 +118,17 @@ def run_recipe(recipe: Recipe, from_scratch: bool, resume: bool = False) -> RunR
         trainer.add_callback(EvaluateLast())
     output = trainer.train(resume_from_checkpoint=checkpoint)
     eval_loss = held_out_loss(trainer) if validation_rows is not None else None
+    # Merging takes an adapter out of the model.
+    num_trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    num_parameters = trainer.model.num_parameters()
     folder = save_result(trainer, recipe, tokenizer)
     return RunResult(
         folder=folder,
         num_steps=output.global_step,
         train_loss=output.training_loss or None,
         eval_loss=eval_loss,
-        num_trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        num_parameters=trainer.model.num_parameters(),
+        num_trained=num_trained,
+        num_parameters=num_parameters,
     )
 
 
@@ -237,14 +245,20 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BwrDncForCa
     settings = {key: value for key, value in tokens.items() if value is not None} | recipe.model_settings
     check_settings(settings)
     config = read_config(name, **settings)
-    if config.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"the model has {config.vocab_size} token ids, but the tokenizer {len(tokenizer)}; set model_settings.vocab_size"
-        )
+    check_vocabulary(config, tokenizer)
     return BwrDncForCausalLM._from_config(config, dtype=getattr(torch, recipe.dtype))
 
 
-def load_model(recipe: Recipe) -> BwrDncForCausalLM:
+def check_vocabulary(config: BwrDncConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ValueError` if the tokenizer has ids that the model has not."""
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"the model has {config.vocab_size} token ids, but the tokenizer {len(tokenizer)}; set model_settings.vocab_size of a new model, "
+            "or take the tokenizer that belongs to it"
+        )
+
+
+def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BwrDncForCausalLM:
     """Pretrained weights, quantised for `qlora`; the memory parameters in float32 there."""
     name = recipe.model
     if name in list_presets() and not Path(name).is_dir():
@@ -261,6 +275,7 @@ def load_model(recipe: Recipe) -> BwrDncForCausalLM:
         )
     quantization = recipe.quantization if recipe.method == "qlora" else None
     model = load_base(name, getattr(torch, recipe.dtype), quantization, **recipe.model_settings)
+    check_vocabulary(model.config, tokenizer)
     if recipe.method != "full":
         memory_in_float32(model)
     return model
@@ -281,6 +296,10 @@ def load_base(name: str, dtype: torch.dtype, quantization: str | None = None, **
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
+    for module in model.modules():
+        # The first evaluation would pack 4-bit weights for a product without gradients, for good (bitsandbytes 0.50).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -44,6 +44,10 @@ class BwrDncTrainer(Trainer):
             )
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
+        if self.model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no language-model head, whose loss this trainer computes; use the library's `Trainer`."
+            )
         if self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` would not be called: the loss is computed in chunks, without all logits; leave it out, or use the "

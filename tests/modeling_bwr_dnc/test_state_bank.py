@@ -353,6 +353,8 @@ def test_a_memory_is_moved_to_devices_only():
     with pytest.raises(ValueError, match="takes a device, but was given torch.float64"):
         cache.to(torch.float64)
     assert all(a.dtype == b.dtype for a, b in zip(_tensors(cache), _tensors(before), strict=True))
+    # As torch has it, and as what offloads a model asks.
+    assert cache.to(None) is cache
     assert {tensor.device.type for tensor in _tensors(cache.to(torch.device("meta")))} == {"meta"}
 
 

@@ -129,6 +129,9 @@ def test_a_text_too_short_for_the_last_length_is_refused_before_the_first_is_rea
 def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path / "out"]
     assert_refused("no model folder at", evaluate, "--model", tmp_path / "nowhere", "--output", tmp_path)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "results.json").write_text("{}")
+    assert_refused("the results of an earlier run", evaluate, "--model", tiny_model, "--output", tmp_path / "used")
     assert_refused("the text has", evaluate, *arguments, "--text", document, "--lengths", 5000, "--measures", "loss")
     pinned = ["--measures", "loss", "facts", "--policies", "pinned"]
     assert_refused("measure only facts or sessions", evaluate, *arguments, *pinned)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from modeling_bwr_dnc import BwrDncForCausalLM
 from modeling_bwr_dnc.training.data import DataSource
@@ -162,6 +163,9 @@ def test_lora_on_a_converted_model_lowers_its_held_out_loss(call, recipe, tiny_m
     held_out = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
     assert held_out[-1] < held_out[0]
     merged = BwrDncForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    # What was trained is the adapter, though nothing is left of it by itself.
+    trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert f"{sum(tensor.numel() for tensor in trained.values()):,} of" in output
     adapted = PeftModel.from_pretrained(
         BwrDncForCausalLM.from_pretrained(tiny_model), str(tmp_path / "run" / "adapter")
     )
@@ -233,6 +237,17 @@ def test_a_logger_that_is_missing_says_what_to_install(assert_refused, recipe, l
     if importlib.util.find_spec(logger):
         pytest.skip(f"{logger} is installed")
     assert_refused(f"pip install {logger}", train, "--config", recipe, f"training.report_to={logger}")
+
+
+def test_an_optimizer_that_is_missing_says_what_to_install(assert_refused, recipe):
+    if importlib.util.find_spec("galore_torch"):
+        pytest.skip("galore_torch is installed")
+    assert_refused("galore_torch", train, "--config", recipe, "training.optim=galore_adamw")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(assert_refused, recipe, tiny_model):
+    settings = ("--config", recipe, f"model={tiny_model}", "tokenizer=bwr-dnc-bpe-50k")
+    assert_refused("but the tokenizer 50000", finetune, *settings)
 
 
 def test_a_curriculum_follows_the_model_and_goes_on_where_it_was(call, recipe, book, tmp_path):

@@ -19,7 +19,9 @@ LOAD_ELSEWHERE = """
 import sys
 sys.modules["modeling_bwr_dnc"] = None
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert tokenizer("text").input_ids
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 torch.save(model(torch.arange(100)[None]).logits, sys.argv[2])
 """

@@ -68,6 +68,26 @@ def test_a_quantised_base_keeps_the_memory_whole_and_learns(model, train, tmp_pa
     assert found[-1] < found[0]
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_evaluation_leaves_the_gradients_through_a_quantised_base_as_they_are(model, tmp_path, kind):
+    model.save_pretrained(tmp_path / "base")
+    adapted, ids = add_adapter(load_base(tmp_path / "base", torch.float32, kind), {"r": 4}), torch.arange(64)[None]
+    first = next(
+        parameter for name, parameter in adapted.named_parameters() if "layers.0" in name and "lora_B" in name
+    )
+
+    def gradient():
+        adapted.train().zero_grad()
+        adapted(ids, labels=ids).loss.backward()
+        return first.grad.clone()
+
+    before = gradient()
+    with torch.no_grad():
+        adapted.eval()(ids)
+    assert before.abs().max() > 0
+    torch.testing.assert_close(gradient(), before)
+
+
 def test_prefix_tuning_says_why_it_cannot_work(model):
     adapted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ValueError, match="StateBankCache"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 
-from modeling_bwr_dnc import BwrDncForCausalLM
+from modeling_bwr_dnc import BwrDncForCausalLM, BwrDncForTokenClassification
 from modeling_bwr_dnc.training import BwrDncTrainer, BwrDncTrainingArguments
 from modeling_bwr_dnc.training.spans import read_in_spans
 from tests.modeling_bwr_dnc.builders import tiny_config, tiny_model
@@ -132,6 +132,12 @@ def test_a_loss_that_would_not_be_called_is_refused(tmp_path):
     arguments = BwrDncTrainingArguments(output_dir=str(tmp_path))
     with pytest.raises(ValueError, match="compute_loss_func"):
         BwrDncTrainer(tiny_model(tiny_config()), arguments, compute_loss_func=lambda *_, **__: 0)
+
+
+def test_a_head_that_is_no_language_models_is_refused(tmp_path):
+    model = BwrDncForTokenClassification(tiny_config(num_labels=2))
+    with pytest.raises(ValueError, match="no language-model head"):
+        BwrDncTrainer(model=model, args=BwrDncTrainingArguments(output_dir=str(tmp_path)))
 
 
 def test_data_without_labels_are_refused(tmp_path, rows):
