@@ -380,7 +380,7 @@ class BankReader:
         if all(active) and state.is_uniform:
             return self._read_in_place(tokens, state)
         lengths = [state.length(index) for index in range(len(state.rows))]
-        num_keys = min(max(lengths) + 1, state.keys.shape[2])
+        num_keys = max(length + is_read for length, is_read in zip(lengths, active, strict=True))
         positions = [rotary_start(n, state.num_prefix(i), self.settings) for i, n in enumerate(lengths)]
         cos, sin = self.call.rotations_of_rows(positions)
         is_active = None if all(active) else self.call.on_device(active).bool()

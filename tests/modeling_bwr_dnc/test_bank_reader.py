@@ -99,3 +99,18 @@ def test_decoding_compiles_a_few_times_and_not_for_every_position(leaves_consoli
     torch.testing.assert_close(torch.cat(found, dim=1), expected[:, length:], rtol=1e-9, atol=1e-9)
     assert len(graphs) <= most
     assert num_left == (3 if leaves_consolidation else 0)
+
+
+def test_attention_of_a_token_is_shown_while_the_longest_row_waits():
+    model, ids = tiny_model(tiny_config(memory_slots=[20, 0, 0])), token_ids(10)
+    short = ids.masked_fill(torch.arange(10) < 3, 0)
+    _, cache = read(model, torch.cat((ids, short)), attention_mask=torch.stack((ids[0], short[0])) != 0)
+    mask = torch.cat((torch.stack((ids[0], short[0])) != 0, torch.tensor([[False], [True]])), dim=1)
+    _, alone = read(model, ids[:, 3:])
+    with torch.no_grad():
+        found = model(ids[:, :1].repeat(2, 1), attention_mask=mask, past_key_values=cache, output_attentions=True)
+        expected = model(ids[:, :1], past_key_values=alone, output_attentions=True)
+    torch.testing.assert_close(found.logits[1:], expected.logits, rtol=1e-9, atol=1e-9)
+    for shown, wanted in zip(found.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(shown[1:, ..., 3:], wanted, rtol=1e-9, atol=1e-9)
+        assert not shown[1, ..., :3].any()
