@@ -285,7 +285,7 @@ class SinkWindowAttention(nn.Module):
         Args:
             hidden_states [B, T, hidden].
             state: what the rows have read before, None for nothing. Without gradients it is used up.
-            layer: cache layer that is told of consolidations, so that it can take them back.
+            layer: cache layer that is told when its state is used up, and of consolidations, so that it can take them back.
             num_kept: of how many of the last tokens the output is wanted; None: all.
 
         Returns the output [B, T or num_kept, hidden], attention weights [B, H, T, L] and the state after, where the call wants them.
@@ -325,6 +325,9 @@ class SinkWindowAttention(nn.Module):
             if is_continued and not needs_gradient:
                 # Reading in place would change what a checkpoint reads once more.
                 state = state.map(torch.Tensor.clone)
+        if layer is not None and not torch.is_grad_enabled():
+            # From here on the state that it holds is used up.
+            layer.is_unfinished = True
         output = weights = None
         rows: list[int] = []
         parts: list[BankState] = []
@@ -664,9 +667,11 @@ class BwrDncModel(BwrDncPreTrainedModel):
                 hidden_states, call=call, state=state, layer=recording, num_kept=num_kept
             )
             if call.keeps_state and cache_layer is not None:
-                cache_layer.state = state
+                cache_layer.state, cache_layer.is_unfinished = state, True
         if cache is not None and call.keeps_state:
             _extend_histories(cache, input_ids, layout)
+            for cache_layer in cache.layers:
+                cache_layer.is_unfinished = False
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=cache if use_cache else None
         )

@@ -53,6 +53,8 @@ class StateBankLayer(CacheLayerMixin):
     def __init__(self, **kwargs):
         self.state: BankState | None = None
         self.record_past = False
+        # Whether a forward pass has begun to write here and not come to its end.
+        self.is_unfinished = False
         # Per row, the state (of one row or several) before its latest consolidation, and its index there.
         self.journal: list[tuple[BankState, int] | None] = []
 
@@ -120,7 +122,7 @@ class StateBankLayer(CacheLayerMixin):
             self.journal[row] = (before, index)
 
     def reset(self) -> None:
-        self.state, self.journal = None, []
+        self.state, self.journal, self.is_unfinished = None, [], False
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply `function` to every tensor held, with what is recorded to go back to."""
@@ -168,6 +170,7 @@ class StateBankLayer(CacheLayerMixin):
         count = -tokens_to_remove
         if count == 0 or self.state is None:
             return
+        check_finished([self])
         state, segment_length = self.state, self.state.settings.segment_length
         history, earlier = state.history.clone(), {}
         targets = [row.unfed(count) for row in state.rows]
@@ -395,6 +398,8 @@ class StateBankCache(Cache):
             raise ValueError(
                 "StateBankCache.stack takes at least one cache, and each must have read at least one token."
             )
+        for cache in caches:
+            check_finished(cache.layers)
         # Where the model that wrote a cache is gone, and it was not loaded either, the others say which weights it was.
         first = next(
             (c for c in caches if c._loaded_fingerprint or (c._writer and c._writer() is not None)), caches[0]
@@ -553,7 +558,7 @@ class StateBankCache(Cache):
         """
         if not self.states:
             raise ValueError("`save_pretrained` got an empty cache; read at least one token first.")
-        check_layers_agree(self)
+        check_finished(self.layers)
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"`save_directory` is {str(folder)!r}, which is a file; name a folder.")
@@ -735,13 +740,13 @@ def _forget_span(state: BankState, start: int, end: int, row: int | None) -> Ban
 
 def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
     """Raise `ValueError`, naming what differs, unless a model of this `config` can continue `cache`."""
+    check_finished(cache.layers)
     kinds = [layer._layer_type for layer in cache.layers if layer.state is not None]
     wanted_kinds = list(config.layer_types[: config.num_hidden_layers])
     if kinds != wanted_kinds:
         raise ValueError(
             f"The state has layers {kinds}, but the model has {wanted_kinds}; use the model that made it."
         )
-    check_layers_agree(cache)
     wanted: dict = {}
     for index, state in enumerate(cache.states):
         found = {
@@ -762,15 +767,13 @@ def check_matches_config(cache: StateBankCache, config: BwrDncConfig) -> None:
             )
 
 
-def check_layers_agree(cache: StateBankCache) -> None:
-    """Raise `ValueError` if some layers have read more than others, as after a forward pass that was interrupted."""
-    seen = [[row.seen for row in state.rows] for state in cache.states]
-    for index, counts in enumerate(seen):
-        if counts != seen[0]:
-            raise ValueError(
-                f"Layer 0 of the state has read {seen[0]} tokens of its rows, but layer {index} {counts}: a forward pass was interrupted. "
-                "Go on from a copy (`clone`, `save_pretrained`), or read the text again."
-            )
+def check_finished(layers: Iterable[StateBankLayer]) -> None:
+    """Raise `ValueError` if a forward pass was interrupted while it wrote into these layers."""
+    if any(layer.is_unfinished for layer in layers):
+        raise ValueError(
+            "The state is half written: a forward pass that read into it was interrupted. Go on from a copy (`clone`, `save_pretrained`), or "
+            "`reset` it and read the text again."
+        )
 
 
 def check_pinned_fit(cache: StateBankCache, settings: list[BankSettings]) -> None:

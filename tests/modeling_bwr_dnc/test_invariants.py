@@ -940,22 +940,75 @@ def test_taking_back_goes_on_under_the_settings_of_now(change):
     torch.testing.assert_close(played(True), played(False), rtol=1e-9, atol=1e-9)
 
 
-def test_a_memory_of_an_interrupted_pass_is_refused(tmp_path):
+INTERRUPTED = {
+    "before a layer": lambda layers: layers[1],
+    "after the last attention": lambda layers: layers[1].mlp,
+    "while merging": lambda layers: layers[0].self_attn.memory.compressor,
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "with_gradients"), [*((place, False) for place in INTERRUPTED), ("before a layer", True)]
+)
+def test_a_memory_of_an_interrupted_pass_is_refused(place, with_gradients, tmp_path):
     model, ids = tiny_model(tiny_config()), token_ids(40)
-    _, cache = read(model, ids[:, :20])
+    num_read, count = (20, 5) if "merging" in place else (21, 2)
+    _, cache = read(model, ids[:, :num_read])
+    copied = cache.clone()
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        read(model, ids[:, 20:25], cache=cache)
+    hook = INTERRUPTED[place](model.model.layers).register_forward_pre_hook(interrupt)
+    with torch.set_grad_enabled(with_gradients), pytest.raises(KeyboardInterrupt):
+        model(ids[:, num_read : num_read + count], past_key_values=cache)
     hook.remove()
-    with pytest.raises(ValueError, match="interrupted"):
-        read(model, ids[:, 20:], cache=cache)
-    with pytest.raises(ValueError, match="interrupted"):
-        cache.save_pretrained(tmp_path)
+    refused = (
+        lambda: read(model, ids[:, num_read:], cache=cache),
+        lambda: read(model, ids[:, num_read:], cache=cache.clone()),
+        lambda: cache.save_pretrained(tmp_path),
+        lambda: cache.crop(-1),
+        lambda: StateBankCache.stack([cache, copied]),
+    )
+    for use in refused:
+        with pytest.raises(ValueError, match="interrupted"):
+            use()
     assert not list(tmp_path.iterdir())
+    expected, _ = read(model, ids)
+    cache.reset()
+    torch.testing.assert_close(read(model, ids, cache=cache)[0], expected, **TOLERANCE)
+    torch.testing.assert_close(read(model, ids[:, num_read:], cache=copied)[0], expected[:, num_read:], **TOLERANCE)
+
+
+def test_a_memory_into_which_nothing_was_written_goes_on(monkeypatch):
+    model, ids = tiny_model(tiny_config()), token_ids(40)
+    expected, _ = read(model, ids)
+    for start in (0, 20):
+        cache = StateBankCache(config=model.config)
+        if start:
+            read(model, ids[:, :start], cache=cache)
+        with pytest.raises(RuntimeError):
+            model.model(inputs_embeds=torch.zeros(1, 3, 15, dtype=torch.float64), past_key_values=cache)
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="memory"):
+            patched.setattr(model.model.layers[0].self_attn, "_project", _out_of_memory)
+            read(model, ids[:, start:], cache=cache)
+        torch.testing.assert_close(read(model, ids[:, start:], cache=cache)[0], expected[:, start:], **TOLERANCE)
+
+
+def _out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def test_layers_that_are_computed_again_leave_a_memory_that_goes_on():
+    model, ids = tiny_model(tiny_config()), token_ids(40)
+    expected, _ = read(model, ids)
+    model.train().gradient_checkpointing_enable()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".mlp." in name)
+    output = model(ids[:, :22], use_cache=True)
+    output.logits.sum().backward()
+    found, _ = read(model.eval(), ids[:, 22:], cache=output.past_key_values.detach())
+    torch.testing.assert_close(found, expected[:, 22:], **TOLERANCE)
 
 
 def test_numbers_of_the_host_stay_there_whatever_the_default_device():
