@@ -51,7 +51,7 @@ def refreshed(state: BankState, rotary: RotaryTable) -> BankState:
             return BankState.stack(parts)
         settings, num_prefix = state.settings, state.num_prefix()
         state = state.resized(num_prefix)
-        rotated = rotate(state.keys, *rotary.entries(num_prefix, settings))
+        rotated = rotate(state.keys, *rotary.entries(num_prefix, settings)).to(state.keys.dtype)
         return replace(state, rotated=rotated, key_bias=entries_bias(state.entries, state.rows[0], settings))
 
 
@@ -135,7 +135,7 @@ class BankReader:
             entries=entries,
             keys=keys,
             values=values,
-            rotated=rotate(keys, *self.call.rotary.entries(len(entries), settings)),
+            rotated=rotate(keys, *self.call.rotary.entries(len(entries), settings)).to(keys.dtype),
             window_salience=F.pad(state.window_salience[:, :, length:], (0, length)),
             window_ids=F.pad(state.window_ids[:, length:], (0, length)),
             holes=None if state.holes is None else F.pad(state.holes[:, :, newer], (len(entries), length)),
@@ -408,8 +408,7 @@ class BankReader:
         slots = [state.rows[i].seen % length // QUERY_STRIDE for i in storing]
         if storing:
             rows, places = self.call.on_device(storing), self.call.on_device(slots)
-            # Norms of queries are in float32 under autocast.
-            state.queries[rows, :, places] = tokens.queries[rows, :, 0].to(state.queries.dtype)
+            state.queries[rows, :, places] = tokens.queries[rows, :, 0]
             state.complexity[rows, :, places] = tokens.complexity[rows, :, 0]
         for index, row in enumerate(state.rows):
             row.seen += active[index]

@@ -418,7 +418,8 @@ class SinkWindowAttention(nn.Module):
         keys = apply_linear(self.k_proj, hidden_states).view(heads)
         values = apply_linear(self.v_proj, hidden_states).view(heads)
         if self.q_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
+            # Under autocast norms are in float32, and what is stored is not.
+            queries, keys = self.q_norm(queries).to(values.dtype), self.k_norm(keys).to(values.dtype)
         return queries, keys, values, *self._memory_logits(hidden_states, call)
 
     def _memory_logits(self, hidden_states: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:

@@ -420,6 +420,22 @@ def test_rows_at_different_positions_are_decoded_under_autocast_with_normed_quer
     assert output.shape == (2, 29)
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_qk_norm": True}, {"use_qk_norm": True, "short_conv_kernel": 3}])
+def test_a_memory_read_under_autocast_comes_back_bit_for_bit(settings, tmp_path):
+    model, ids = tiny_model(tiny_config(**settings)).float(), token_ids(50)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = model(ids[:, :41]).past_key_values
+        for state in cache.states:
+            assert state.rotated.dtype == state.keys.dtype == torch.bfloat16
+        cache.save_pretrained(tmp_path)
+        loaded = StateBankCache.from_pretrained(tmp_path, config=model.config)
+        assert torch.equal(*(model(ids[:, 41:], past_key_values=one).logits for one in (loaded, cache)))
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = model(ids).past_key_values
+    assert {state.keys.dtype for state in trained.states} == {torch.bfloat16}
+
+
 def test_a_state_of_another_precision_is_refused_and_nothing_is_lost(model):
     ids = torch.randint(0, 50, (1, 40))
     with torch.no_grad():
