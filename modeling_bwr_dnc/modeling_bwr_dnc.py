@@ -984,15 +984,14 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
         if finished_rows is not None:
             attention_mask = finished_rows.mask(attention_mask, input_ids)
         is_continued = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if is_first_iteration and is_continued and inputs_embeds is None:
-            input_ids, attention_mask = _new_tokens(StateBankCache.wrap(past_key_values), input_ids, attention_mask)
-            next_sequence_length = None
-        elif is_first_iteration and is_continued and inputs_embeds.shape[1] <= past_key_values.get_seq_length():
-            raise ValueError(
-                f"`inputs_embeds` has {inputs_embeds.shape[1]} tokens, but the cache has read {past_key_values.get_seq_length()}: embeddings have "
-                "no ids to compare, and are taken for the full history. Pass all of it, or read the new ones before, with "
-                "`model(inputs_embeds=..., past_key_values=cache)`, and generate from the ids that follow."
-            )
+        if is_first_iteration and is_continued:
+            memory, next_sequence_length = StateBankCache.wrap(past_key_values), None
+            if inputs_embeds is None:
+                input_ids, attention_mask = _new_tokens(memory, input_ids, attention_mask)
+            else:
+                inputs_embeds, new = _new_tokens(memory, inputs_embeds, attention_mask)
+                before = new[:, :0] if attention_mask is None else attention_mask[:, : -new.shape[1]]
+                attention_mask = torch.cat((before, new), dim=1)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -1045,14 +1044,15 @@ def _covers(mask: torch.Tensor, cache: Cache) -> bool:
 
 
 def _new_tokens(
-    cache: StateBankCache, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    cache: StateBankCache, tokens: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The part of `input_ids` [B, T] that each row has not read, and its mask.
+    The part of `tokens`, ids [B, T] or embeddings [B, T, hidden], that each row has not read, and its mask.
 
-    Ids that begin with what a row has read (by its hash) are its full history; anything else is new.
+    Ids that begin with what a row has read (by its hash) are its full history; anything else is new. Embeddings, which have no ids
+    to compare, are always the full history.
     """
-    batch_size, num_tokens = input_ids.shape
+    (batch_size, num_tokens), is_embedded = tokens.shape[:2], tokens.dim() == 3
     num_rows = len(cache.rows)
     if batch_size % num_rows:
         raise ValueError(
@@ -1060,25 +1060,34 @@ def _new_tokens(
             "(`cache.batch_repeat_interleave`, `StateBankCache.stack`, `unstack`)."
         )
     repeats = batch_size // num_rows
-    real = torch.ones_like(input_ids, dtype=torch.bool)
+    real = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=tokens.device)
     if attention_mask is not None:
         real = attention_mask[:, -num_tokens:] != 0
-    if attention_mask is None or attention_mask.shape[1] == num_tokens:
-        seen = torch.tensor([row.seen for row in cache.rows], device=input_ids.device)
+    if is_embedded or attention_mask is None or attention_mask.shape[1] == num_tokens:
+        # Without a mask, embeddings stand in the columns that were read, padding included.
+        counter = "columns" if is_embedded and bool(real.all()) else "seen"
+        seen = torch.tensor([getattr(row, counter) for row in cache.rows], device=tokens.device)
         seen, read = seen.repeat_interleave(repeats)[:, None], cache.history.repeat_interleave(repeats)
         history = real & (real.cumsum(1) <= seen)
-        digest = extend_history(torch.zeros_like(read), input_ids.to(read.device), history)
-        is_full = (digest == read)[:, None] & (real.sum(1, keepdim=True) >= seen)
-        real = real & ~(history & is_full)
+        if not is_embedded:
+            digest = extend_history(torch.zeros_like(read), tokens.to(read.device), history)
+            history = history & (digest == read)[:, None] & (real.sum(1, keepdim=True) >= seen)
+        real = real & ~history
     if not bool(real.any(1).all()):
-        raise ValueError(
-            "A row of `input_ids` has no token that the cache has not read already; pass at least one new token per row."
-        )
+        name, remedy = "`input_ids`", "pass at least one new token per row."
+        if is_embedded:
+            name, remedy = (
+                "`inputs_embeds`",
+                (
+                    "embeddings have no ids to compare, and are taken for the full history. Pass all of it, or read the new ones before, with "
+                    "`model(inputs_embeds=..., past_key_values=cache)`, and generate from the ids that follow."
+                ),
+            )
+        raise ValueError(f"A row of {name} has no token that the cache has not read already; {remedy}")
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
     first = int(real.any(0).int().argmax())
-    input_ids, real = input_ids[:, first:], real[:, first:]
-    return input_ids, real.long()
+    return tokens[:, first:], real[:, first:].long()
 
 
 class BwrDncForSequenceClassification(GenericForSequenceClassification, BwrDncPreTrainedModel):

@@ -261,6 +261,40 @@ def test_embeddings_continue_a_memory_as_the_full_history_or_are_refused():
             model.generate(inputs_embeds=embedded[:, -length:], past_key_values=cache, max_new_tokens=6)
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_embeddings_continue_memories_that_stand_at_different_positions(num_beams):
+    model, lengths = tiny_model(tiny_config()), (23, 9)
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": num_beams}
+    texts = [token_ids(27, seed=1), token_ids(14, seed=2)]
+    expected = [model.generate(text, **options)[0, -6:].tolist() for text in texts]
+    with torch.no_grad():
+        parts = [model(text[:, :n]).past_key_values for text, n in zip(texts, lengths, strict=True)]
+    cache = StateBankCache.stack(parts)
+    ids = torch.cat([torch.nn.functional.pad(text, (27 - text.shape[1], 0)) for text in texts])
+    found = model.generate(
+        inputs_embeds=model.get_input_embeddings()(ids),
+        attention_mask=(ids != 0).long(),
+        past_key_values=cache,
+        **options,
+    )
+    assert found.tolist() == expected
+
+
+def test_embeddings_of_a_padded_history_need_no_mask():
+    model, ids = tiny_model(tiny_config()), token_ids(30)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)[0, 30:]
+    padded = torch.nn.functional.pad(ids, (3, 0))
+    with torch.no_grad():
+        cache = model(padded[:, :20], attention_mask=(padded[:, :20] != 0).long()).past_key_values
+    embedded = model.get_input_embeddings()(padded)
+    for mask in ({}, {"attention_mask": (padded != 0).long()}):
+        memory = cache.clone()
+        found = model.generate(
+            inputs_embeds=embedded, past_key_values=memory, max_new_tokens=6, do_sample=False, **mask
+        )
+        assert found[0].tolist() == expected.tolist() and memory.rows[0].seen == 35
+
+
 def test_a_long_input_is_read_in_blocks_with_the_same_result(model):
     ids = torch.randint(0, 50, (2, 90), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
