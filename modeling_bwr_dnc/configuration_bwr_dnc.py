@@ -24,6 +24,14 @@ RETENTION_SCORES = (
     "recency",
     "random",
 )
+# Kinds of RoPE whose angles do not change with the length read, since what was read before keeps its own, and the numbers they need.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "proportional": (),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
 # `Trainer` reads the config of a checkpoint as the base class when it resumes, which checks layer types by these lists.
 for _name in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
     _known = getattr(configuration_utils, _name, ())
@@ -305,12 +313,24 @@ class BwrDncConfig(PreTrainedConfig):
         require(
             self.short_conv_kernel >= 0, "short_conv_kernel", self.short_conv_kernel, "be at least 0 (0 means none)"
         )
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type")
         require(
-            rope_type not in ("dynamic", "longrope"),
+            rope_type in ROPE_TYPES,
             "rope_parameters['rope_type']",
             rope_type,
-            "not change angles with the length read, since what was read before keeps its own; use 'yarn' or 'llama3', for example",
+            f"be one of {tuple(ROPE_TYPES)}, with the same parameters for all layers",
+        )
+        for name in ("rope_theta", *ROPE_TYPES[rope_type]):
+            value = rope.get(name)
+            is_number = isinstance(value, (int, float)) and 0 < value < float("inf")
+            require(is_number, f"rope_parameters['{name}']", value, f"be a number above 0, which {rope_type!r} needs")
+        part = rope.get("partial_rotary_factor")
+        require(
+            part in (None, 1) or rope_type == "proportional",
+            "rope_parameters['partial_rotary_factor']",
+            part,
+            f"be 1, since all of each head is rotated; leave it out, or use 'proportional' instead of {rope_type!r}",
         )
         require(0 <= self.hidden_dropout < 1, "hidden_dropout", self.hidden_dropout, "be a probability below 1")
         has_one = self.memory_position == "constant" and any(self.memory_slots)

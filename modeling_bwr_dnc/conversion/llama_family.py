@@ -168,19 +168,9 @@ def converted_config(
 
 
 def _refuse_unequal(source: PreTrainedConfig) -> None:
-    """Raises `ValueError` for an architecture or rotary positions that have no equal in BWR-DNC."""
+    """Raises `ValueError` for an architecture, or layers without rotary positions, that have no equal in BWR-DNC."""
     if source.model_type not in _LAYOUTS:
         raise ValueError(f"{source.model_type!r} is not convertible; convertible are {', '.join(_LAYOUTS)}")
-    rope = source.rope_parameters or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
-        raise ValueError(
-            f"the source's rotary angles ({rope_type!r}) change with the length read; bank keys are rotated once per rank"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            "the source rotates only a part of each head (partial_rotary_factor); BWR-DNC rotates all of it"
-        )
     without_rope = [
         index for index, has_rope in enumerate(getattr(source, "no_rope_layers", None) or []) if not has_rope
     ]

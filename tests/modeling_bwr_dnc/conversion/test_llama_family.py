@@ -148,6 +148,12 @@ def test_sliding_window_as_long_as_the_lossless_length_is_no_obstacle():
             LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
             "'dynamic'",
         ),
+        (
+            LlamaConfig(
+                **SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+            ),
+            "partial_rotary_factor",
+        ),
     ],
 )
 def test_architecture_without_an_equal_is_refused(config, message):
