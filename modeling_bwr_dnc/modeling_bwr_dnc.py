@@ -815,6 +815,8 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
                     "`model.get_base_model()(ids[:, :-1], past_key_values=cache)`, and generate from `ids[:, -1:]`."
                 )
             inputs["attention_mask"] = new_tokens_mask
+        if num_tokens and (labels is not None or not isinstance(logits_to_keep, int)):
+            self._check_wanted(tokens, labels, logits_to_keep, kwargs)
         block_length = read_block_length or READ_BLOCK_LENGTH
         only_last = isinstance(logits_to_keep, int) and logits_to_keep > 0
         shows_all = any(
@@ -842,6 +844,26 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _check_wanted(self, tokens, labels, logits_to_keep: int | torch.Tensor, options: dict) -> None:
+        """
+        Raise `ValueError` for labels, or positions whose logits are wanted, that do not fit ids [B, T] or embeddings [B, T, hidden], before
+        these are read. What labels hold is not looked at: a host would wait for its GPU.
+        """
+        if torch.compiler.is_compiling():
+            return
+        try:
+            kept = _kept_positions(tokens[:, :, None] if tokens.dim() == 2 else tokens, logits_to_keep)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"`logits_to_keep` is {logits_to_keep}, but must be a number of tokens, or positions among {list(tokens.shape[:2])} ({error})."
+            ) from None
+        # Other losses may take labels of other shapes.
+        is_plain = self.loss_function is ForCausalLMLoss and options.get("shift_labels") is None
+        if labels is not None and is_plain and labels.shape != kept.shape[:-1]:
+            raise ValueError(
+                f"`labels` has the shape {list(labels.shape)}, but must have that of the tokens whose logits are kept, {list(kept.shape[:-1])}."
+            )
 
     def _has_plain_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, options: dict) -> bool:
         """Whether the loss is the library's own, of a head that is only a matrix, and nothing else is asked of it."""
@@ -1034,7 +1056,9 @@ def _kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Ten
     if logits_to_keep.dim() == 2:
         if logits_to_keep.dtype == torch.bool:
             return hidden_states[logits_to_keep]
-        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+        # `take_along_dim` would wrap a position that there is not.
+        rows = torch.arange(len(hidden_states), device=hidden_states.device)
+        return hidden_states[rows[:, None], logits_to_keep]
     return hidden_states[:, logits_to_keep]
 
 

@@ -241,6 +241,29 @@ def test_neither_ids_nor_embeddings_or_both_is_refused(model):
                 part(**given)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "named"),
+    [
+        ({"labels": torch.ones(1, 3, dtype=torch.int64)}, "labels"),
+        ({"labels": torch.ones(4, dtype=torch.int64)}, "labels"),
+        ({"labels": torch.ones(1, 4, dtype=torch.int64), "logits_to_keep": 2}, r"\[1, 2\]"),
+        ({"logits_to_keep": torch.tensor([1, 9])}, "logits_to_keep"),
+        ({"logits_to_keep": torch.tensor([[4]])}, "logits_to_keep"),
+        ({"logits_to_keep": torch.ones(1, 5, dtype=torch.bool)}, "logits_to_keep"),
+        ({"logits_to_keep": torch.ones(2)}, "logits_to_keep"),
+    ],
+)
+@pytest.mark.parametrize("is_embedded", [False, True])
+def test_a_call_that_wants_what_there_is_not_is_refused_before_it_reads(model, wanted, named, is_embedded):
+    ids, cache = torch.tensor([[1, 2, 3, 4]]), read(model)
+    given = {"inputs_embeds": model.get_input_embeddings()(ids)} if is_embedded else {"input_ids": ids}
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache.clone()).logits
+        with pytest.raises(ValueError, match=named):
+            model(**given, past_key_values=cache, **wanted)
+        assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+
+
 @pytest.mark.parametrize("shape", [(1, 0), (0, 3), (3,)])
 def test_an_input_without_tokens_or_rows_is_refused(model, shape):
     with pytest.raises(ValueError, match=r"at least one row and one token"):
