@@ -280,17 +280,16 @@ class StateBankCache(Cache):
         return wrapped
 
     def written_by(self, model: torch.nn.Module) -> None:
-        """Note the model about to write. Raises `ValueError` if it has other weights than the state was saved with."""
+        """Note the model about to write. Raises `ValueError` if it has other weights than what was read before was read with."""
         if self._writer is not None and self._writer() is model:
             return
-        if self._loaded_fingerprint is not None and self.states:
-            fingerprint = fingerprint_weights(model)
-            if fingerprint != self._loaded_fingerprint:
-                raise ValueError(
-                    f"The state was saved with a model whose weights have the fingerprint {self._loaded_fingerprint}, but this "
-                    f"model's is {fingerprint}; a memory is only meaningful to the weights that wrote it. Load it with those, "
-                    "in the same precision, and with the same adapters active."
-                )
+        known = self.weights_fingerprint if self.states else None
+        if known is not None and (fingerprint := fingerprint_weights(model)) != known:
+            raise ValueError(
+                f"The state was read by a model whose weights have the fingerprint {known}, but this model's is {fingerprint}; a memory is "
+                "only meaningful to the weights that wrote it. Continue it with those, in the same precision, and with the same adapters "
+                "active."
+            )
         self._writer = weakref.ref(model)
 
     @property

@@ -154,6 +154,19 @@ def test_a_state_made_by_other_weights_is_refused_at_first_use_and_stays_usable(
         assert torch.equal(model(ids, past_key_values=loaded).logits, model(ids, past_key_values=cache).logits)
 
 
+def test_a_state_that_a_model_has_read_is_refused_by_other_weights_and_continued_by_a_copy_of_the_same(saved):
+    model, cache, _ = saved
+    ids, copied = torch.tensor([[3, 4, 5]]), copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache.clone()).logits
+        with pytest.raises(ValueError, match="fingerprint"):
+            small_model(seed=7)(ids, past_key_values=cache)
+        assert torch.equal(copied(ids, past_key_values=cache).logits, expected)
+        # Nothing is left of what it had read.
+        cache.reset()
+        small_model(seed=7)(ids, past_key_values=cache)
+
+
 @pytest.mark.parametrize("place", ["disk", "memory", "behind other hooks"])
 def test_weights_have_one_fingerprint_offloaded_or_not(place, tmp_path):
     def offloaded(model: BwrDncForCausalLM) -> BwrDncForCausalLM:
