@@ -474,8 +474,10 @@ def _score_key_norm(candidates: Candidates) -> torch.Tensor:
 
 
 def _score_key_difference(candidates: Candidates) -> torch.Tensor:
-    """1 - cosine to the mean key (Park et al., 2025)."""
-    keys = F.normalize(candidates.keys.to(candidates.entries.usage.dtype), dim=-1)
+    """1 - cosine to the mean key (Park et al., 2025), in which what was forgotten has no part."""
+    entries = candidates.entries
+    keys = F.normalize(candidates.keys.to(entries.usage.dtype), dim=-1).masked_fill(entries.is_hole[..., None], 0)
+    # Of the mean only the direction counts.
     return 1.0 - (keys * F.normalize(keys.mean(2, keepdim=True), dim=-1)).sum(-1)
 
 

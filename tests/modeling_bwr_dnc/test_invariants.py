@@ -396,6 +396,17 @@ def test_overwriting_empty_or_freed_room_changes_nothing(seed, lengths, forgets)
     assert_close(one_by_one, logits)
 
 
+@pytest.mark.parametrize("retention_score", RETENTION_SCORES)
+def test_what_was_forgotten_has_no_part_in_what_stays(retention_score):
+    model, ids = tiny_model(tiny_config(retention_score=retention_score)), token_ids(60)
+    _, cache = read(model, ids[:, :41])
+    cache.forget(10, 36)
+    spoiled = cache.clone()
+    overwrite_what_nothing_occupies(spoiled, seed=1)
+    assert_close(*(read(model, ids[:, 41:], cache=one)[0] for one in (spoiled, cache)))
+    assert spoiled.tokens() == cache.tokens()
+
+
 @given(SEEDS, st.data())
 def test_forgotten_tokens_are_gone(seed, data):
     model = random_model(seed, max_slots=12, max_segment=8)
