@@ -45,6 +45,22 @@ AUTO_MAP = {
 }
 
 
+def with_value_errors(cls: type) -> type:
+    """A class after `@strict`, whose errors for values of a wrong type are no `ValueError`; here they are, with the reason alone."""
+    strict_setattr = cls.__setattr__
+
+    def __setattr__(self, name, value):
+        try:
+            strict_setattr(self, name, value)
+        except StrictDataclassError as error:
+            # The reason comes first, then every type that was tried.
+            raise ValueError(str(error.__cause__ or error).partition(" Errors:")[0]) from error
+
+    cls.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@with_value_errors
 @strict
 class BwrDncConfig(PreTrainedConfig):
     r"""
@@ -215,11 +231,7 @@ class BwrDncConfig(PreTrainedConfig):
         if "memory_slots" in kwargs:
             # Who says how many a layer has means every layer.
             kwargs.setdefault("slot_shares", None)
-        try:
-            found = super().from_dict(config_dict, **kwargs)
-        except StrictDataclassError as error:
-            # The reason comes first, then every type that was tried.
-            raise ValueError(str(error.__cause__ or error).partition(" Errors:")[0]) from error
+        found = super().from_dict(config_dict, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         config.validate_layer_type()
         config.validate_architecture()

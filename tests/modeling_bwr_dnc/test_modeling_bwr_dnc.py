@@ -72,6 +72,9 @@ def model():
         ({"layer_types": ["state_bank_attention"]}, "layer_types"),
         ({"segment_lenght": 8}, "segment_length"),
         ({"memory_slot": [6, 4, 2]}, "memory_slots"),
+        ({"segment_length": 4.0}, "segment_length.*4.0"),
+        ({"memory_slots": 8}, "memory_slots.*8"),
+        ({"hidden_size": "x"}, "hidden_size.*'x'"),
     ],
 )
 def test_a_bad_setting_is_a_value_error_that_names_it(fields, named):
