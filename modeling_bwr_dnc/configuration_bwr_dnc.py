@@ -304,7 +304,7 @@ class BwrDncConfig(PreTrainedConfig):
             self.salience_pooling,
             "be an odd number of tokens, so that it has a middle (1 means none)",
         )
-        for name in ("salience_boost", "recency_weight"):
+        for name in ("usage_weight", "salience_boost", "recency_weight", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), name, value, "be a number of at least 0 (0 means none)")
         is_one = isinstance(self.attention_boost, (int, float))

@@ -43,7 +43,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .bank_reader import BankReader, refreshed, stays_lossless
 from .call import Call, Layout, RotaryTable, Sequences, Tokens, lay_out
-from .configuration_bwr_dnc import BwrDncConfig
+from .configuration_bwr_dnc import BwrDncConfig, require
 from .layer_state import BankState, RowState, StateShapes, extend_history
 from .linear import apply_linear, gated_linear
 from .memory_ops import COMPLEXITY_SHIFT, BankSettings
@@ -559,6 +559,8 @@ class BwrDncModel(BwrDncPreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
+        rule = f"be below vocab_size ({self.vocab_size}), or None"
+        require((self.padding_idx or 0) < self.vocab_size, "pad_token_id", self.padding_idx, rule)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(BwrDncDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = BwrDncRMSNorm(config.hidden_size, config.rms_norm_eps)
