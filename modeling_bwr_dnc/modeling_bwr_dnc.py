@@ -597,6 +597,8 @@ class BwrDncModel(BwrDncPreTrainedModel):
             hidden_states_to_keep: the last layer computes, and `last_hidden_state` holds, only the last so many tokens, 0 for none
                 (None: all). The memory is the same.
         """
+        num_kept = hidden_states_to_keep
+        require((num_kept or 0) >= 0, "hidden_states_to_keep", num_kept, "be at least 0, or None for all")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`forward` takes either `input_ids` or `inputs_embeds`, and exactly one of them.")
         if inputs_embeds is None:
@@ -800,6 +802,9 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
         """
         if skip_logits and labels is None:
             raise ValueError("`skip_logits` leaves only the loss, which needs `labels`; pass them, or leave it False.")
+        is_count = isinstance(logits_to_keep, int)
+        require(not is_count or logits_to_keep >= 0, "logits_to_keep", logits_to_keep, "be at least 0 (0: all)")
+        require((read_block_length or 1) > 0, "read_block_length", read_block_length, "be at least 1, or None")
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -817,10 +822,10 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
                     "`model.get_base_model()(ids[:, :-1], past_key_values=cache)`, and generate from `ids[:, -1:]`."
                 )
             inputs["attention_mask"] = new_tokens_mask
-        if num_tokens and (labels is not None or not isinstance(logits_to_keep, int)):
+        if num_tokens and (labels is not None or not is_count):
             self._check_wanted(tokens, labels, logits_to_keep, kwargs)
         block_length = read_block_length or READ_BLOCK_LENGTH
-        only_last = isinstance(logits_to_keep, int) and logits_to_keep > 0
+        only_last = is_count and logits_to_keep > 0
         shows_all = any(
             kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         )

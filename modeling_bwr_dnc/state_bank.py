@@ -23,7 +23,7 @@ from safetensors.torch import save as save_safetensors
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import cached_file
 
-from .configuration_bwr_dnc import LAYER_TYPES, BwrDncConfig
+from .configuration_bwr_dnc import LAYER_TYPES, BwrDncConfig, require
 from .layer_state import BankState, RowState, shorten_history
 from .memory_ops import ENTRY_COLUMNS, MASKED, QUERY_STRIDE, BankSettings, Entries
 
@@ -146,6 +146,7 @@ class StateBankLayer(CacheLayerMixin):
         self.select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        require(repeats >= 1, "repeats", repeats, "be at least 1, so that every row stays")
         if self.state is not None:
             self.select(index for index in range(len(self.state.rows)) for _ in range(repeats))
 

@@ -256,6 +256,8 @@ def test_neither_ids_nor_embeddings_or_both_is_refused(model):
         ({"labels": torch.ones(1, 3, dtype=torch.int64)}, "labels"),
         ({"labels": torch.ones(4, dtype=torch.int64)}, "labels"),
         ({"labels": torch.ones(1, 4, dtype=torch.int64), "logits_to_keep": 2}, r"\[1, 2\]"),
+        ({"logits_to_keep": -1}, "logits_to_keep"),
+        ({"logits_to_keep": 1, "read_block_length": -5}, "read_block_length"),
         ({"logits_to_keep": torch.tensor([1, 9])}, "logits_to_keep"),
         ({"logits_to_keep": torch.tensor([[4]])}, "logits_to_keep"),
         ({"logits_to_keep": torch.ones(1, 5, dtype=torch.bool)}, "logits_to_keep"),
@@ -271,6 +273,11 @@ def test_a_call_that_wants_what_there_is_not_is_refused_before_it_reads(model, w
         with pytest.raises(ValueError, match=named):
             model(**given, past_key_values=cache, **wanted)
         assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+
+
+def test_a_negative_number_of_hidden_states_is_refused(model):
+    with pytest.raises(ValueError, match="hidden_states_to_keep"):
+        model.model(torch.tensor([[1, 2, 3]]), hidden_states_to_keep=-1)
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (0, 3), (3,)])

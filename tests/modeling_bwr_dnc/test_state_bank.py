@@ -354,6 +354,14 @@ def test_a_refused_generation_leaves_the_memory_as_it_was():
     assert model.generate(more, past_key_values=cache, max_new_tokens=2).shape == (3, 23) and len(cache.rows) == 3
 
 
+@pytest.mark.parametrize("repeats", [0, -1])
+def test_rows_cannot_be_repeated_less_than_once(saved, repeats):
+    _, cache, _ = saved
+    with pytest.raises(ValueError, match="repeats"):
+        cache.batch_repeat_interleave(repeats)
+    assert len(cache.rows) == 1
+
+
 def test_caches_on_several_devices_are_not_stacked():
     model = small_model()
     with pytest.raises(ValueError, match="move one with `to`"):
