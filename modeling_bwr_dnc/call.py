@@ -235,7 +235,7 @@ def lay_out(
     """
     Group the real tokens of a call [B, T] into sequences that can be read together.
 
-    Raises `ValueError` for a mask of another shape, or one that contradicts what the cache has read.
+    Raises `ValueError` for a mask or positions of another shape, or a mask that contradicts what the cache has read.
     """
     batch_size, num_tokens = shape
     everything = list(range(batch_size))
@@ -308,10 +308,21 @@ def _real_tokens(attention_mask: torch.Tensor, shape: tuple[int, ...], seen: lis
     return None if bool(real.all()) else real
 
 
+def check_positions(position_ids: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise `ValueError` for positions that are not those of tokens [B, T], or of one row for all, and perhaps the history before."""
+    batch_size, num_tokens = shape
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] < num_tokens:
+        raise ValueError(
+            f"`position_ids` has the shape {list(position_ids.shape)}, but must be [{batch_size}, {num_tokens}], or wider by the history "
+            "before; they only mark where packed documents start, leave them out otherwise."
+        )
+
+
 def _document_starts(
     position_ids: torch.Tensor, real: torch.Tensor | None, shape: tuple[int, ...], seen: list[int]
 ) -> torch.Tensor | None:
     """Where packed documents start, [B, T] bool; None if every row only continues."""
+    check_positions(position_ids, shape)
     starts = (position_ids[:, -shape[1] :] == 0).expand(shape)
     if real is not None:
         starts = starts & real

@@ -42,7 +42,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .bank_reader import BankReader, refreshed, stays_lossless
-from .call import Call, Layout, RotaryTable, Sequences, Tokens, lay_out
+from .call import Call, Layout, RotaryTable, Sequences, Tokens, check_positions, lay_out
 from .configuration_bwr_dnc import BwrDncConfig, require
 from .layer_state import BankState, RowState, StateShapes, extend_history
 from .linear import apply_linear, gated_linear
@@ -898,6 +898,8 @@ class BwrDncForCausalLM(BwrDncPreTrainedModel, GenerationMixin):
         elif not keeps_cache:
             cache = StateBankCache.wrap(cache).clone()
         if inputs["position_ids"] is not None:
+            tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+            check_positions(inputs["position_ids"], tokens.shape[:2])
             # They may reach back over the history, as a mask may.
             inputs = inputs | {"position_ids": inputs["position_ids"][:, -num_tokens:]}
         mask = inputs["attention_mask"]

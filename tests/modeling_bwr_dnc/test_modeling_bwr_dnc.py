@@ -275,6 +275,17 @@ def test_a_call_that_wants_what_there_is_not_is_refused_before_it_reads(model, w
         assert torch.equal(model(ids, past_key_values=cache).logits, expected)
 
 
+@pytest.mark.parametrize("shape", [(10,), (3, 2, 10), (1, 9), (3, 10), (2, 1)])
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_positions_of_another_shape_are_refused_before_anything_is_read(model, shape, block_length):
+    cache, positions = StateBankCache(config=model.config), torch.ones(shape, dtype=torch.int64)
+    with torch.no_grad(), pytest.raises(ValueError, match="position_ids"):
+        ids = torch.ones(2, 10, dtype=torch.int64)
+        options = {"logits_to_keep": 1, "read_block_length": block_length, "past_key_values": cache}
+        model(ids, position_ids=positions, **options)
+    assert cache.get_seq_length() == 0
+
+
 def test_a_negative_number_of_hidden_states_is_refused(model):
     with pytest.raises(ValueError, match="hidden_states_to_keep"):
         model.model(torch.tensor([[1, 2, 3]]), hidden_states_to_keep=-1)
