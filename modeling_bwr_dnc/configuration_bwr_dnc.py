@@ -1,6 +1,7 @@
 """Configuration of BWR-DNC models."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 
@@ -260,20 +261,7 @@ class BwrDncConfig(PreTrainedConfig):
             self.head_dim,
             "be even and positive, since RoPE rotates pairs; set `head_dim`, or change `hidden_size`",
         )
-        require(self.segment_length >= 1, "segment_length", self.segment_length, "be at least 1")
-        require(self.num_sink_tokens >= 0, "num_sink_tokens", self.num_sink_tokens, "be at least 0")
-        require(
-            len(self.memory_slots) == 3 and all(slots >= 0 for slots in self.memory_slots),
-            "memory_slots",
-            self.memory_slots,
-            "be three counts of at least 0, for the raw, the 2x and the 4x compressed level",
-        )
-        require(
-            self.memory_slots[0] > 0 or not any(self.memory_slots),
-            "memory_slots",
-            self.memory_slots,
-            "have raw slots when there are compressed ones, since entries enter through level 0",
-        )
+        require_budget(self.segment_length, self.num_sink_tokens, self.memory_slots)
         shares = self.slot_shares
         require(
             shares is None
@@ -365,6 +353,24 @@ class BwrDncConfig(PreTrainedConfig):
             f"{len(self.layer_types)} entries",
             f"have one entry per layer ({self.num_hidden_layers})",
         )
+
+
+def require_budget(segment_length: int, num_sink_tokens: int, memory_slots: Sequence[int]) -> None:
+    """Rules of the run-time settings that no reading can do without, unlike that they fit the trained positions."""
+    require(segment_length >= 1, "segment_length", segment_length, "be at least 1")
+    require(num_sink_tokens >= 0, "num_sink_tokens", num_sink_tokens, "be at least 0")
+    require(
+        len(memory_slots) == 3 and min(memory_slots) >= 0,
+        "memory_slots",
+        memory_slots,
+        "be three counts of at least 0, for the raw, the 2x and the 4x compressed level",
+    )
+    require(
+        memory_slots[0] > 0 or not any(memory_slots),
+        "memory_slots",
+        memory_slots,
+        "have raw slots when there are compressed ones, since entries enter through level 0",
+    )
 
 
 def require(holds: bool, name: str, value, rule: str) -> None:

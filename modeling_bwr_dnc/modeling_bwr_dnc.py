@@ -43,7 +43,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .bank_reader import BankReader, refreshed, stays_lossless
 from .call import Call, Layout, RotaryTable, Sequences, Tokens, check_positions, lay_out
-from .configuration_bwr_dnc import BwrDncConfig, require
+from .configuration_bwr_dnc import BwrDncConfig, require, require_budget
 from .layer_state import BankState, RowState, StateShapes, extend_history
 from .linear import apply_linear, gated_linear
 from .memory_ops import COMPLEXITY_SHIFT, BankSettings
@@ -683,8 +683,8 @@ class BwrDncModel(BwrDncPreTrainedModel):
 
 
 def bank_settings(config: BwrDncConfig, use_memory: bool) -> list[BankSettings]:
-    """Run-time settings of each layer."""
-    boosts = config.attention_boost
+    """Run-time settings of each layer. They may have been changed since the config was made; `ValueError` for those that cannot be."""
+    boosts, slots = config.attention_boost, tuple(config.memory_slots)
     window = BankSettings(
         segment_length=config.segment_length,
         num_sink_tokens=config.num_sink_tokens,
@@ -700,7 +700,8 @@ def bank_settings(config: BwrDncConfig, use_memory: bool) -> list[BankSettings]:
         recency_weight=float(config.recency_weight),
         retention_score=config.retention_score,
     )
-    bank = replace(window, memory_slots=tuple(config.memory_slots)) if use_memory else window
+    require_budget(window.segment_length, window.num_sink_tokens, slots)
+    bank = replace(window, memory_slots=slots) if use_memory else window
     by_type = {"sink_window_attention": window, "state_bank_attention": bank}
     settings = [by_type[layer_type] for layer_type in config.layer_types]
     if use_memory and config.slot_shares is not None:

@@ -104,6 +104,22 @@ def test_a_setting_given_to_a_saved_model_is_checked_like_its_own(settings, word
             auto.from_pretrained(tmp_path, **settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("memory_slots", [0, 4, 2]),
+        ("memory_slots", [-3, 0, 0]),
+        ("memory_slots", [8, 4]),
+        ("segment_length", 0),
+        ("num_sink_tokens", -1),
+    ],
+)
+def test_a_setting_changed_on_the_model_is_checked_when_it_reads(model, name, value):
+    setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=name):
+        model(torch.ones(1, 90, dtype=torch.int64))
+
+
 def test_settings_left_open_fit_the_trained_positions():
     for positions in (64, 512, 1000, 2048, 8192):
         config = BwrDncConfig(max_position_embeddings=positions)
