@@ -250,7 +250,13 @@ class StateBankCache(Cache):
                 "StateBankCache takes either the model's `config` or existing `layers`, not both or neither."
             )
         if layers is None:
-            layers = [_CACHE_LAYERS[kind]() for kind in config.get_text_config(decoder=True).layer_types]
+            kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
+            if not kinds or not set(kinds) <= set(LAYER_TYPES):
+                raise ValueError(
+                    f"StateBankCache got a {type(config).__name__} with layers of type {kinds}, but keeps only {LAYER_TYPES}; pass the config "
+                    "of a BWR-DNC model."
+                )
+            layers = [_CACHE_LAYERS[kind]() for kind in kinds]
         super().__init__(layers=layers)
         # The model that wrote last, and the fingerprint that the state was loaded with.
         self._writer: weakref.ref | None = None

@@ -12,7 +12,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, LlamaConfig, Qwen3Config
 
 from modeling_bwr_dnc import BwrDncConfig, BwrDncForCausalLM, StateBankCache
 from modeling_bwr_dnc.layer_state import RowState, extend_history, shorten_history
@@ -352,6 +352,12 @@ def test_a_refused_generation_leaves_the_memory_as_it_was():
         assert all(torch.equal(tensor, old.tensors()[name]) for name, tensor in state.tensors().items())
     more = torch.cat((ids.repeat(3, 1), torch.tensor([[3], [4], [5]])), dim=1)
     assert model.generate(more, past_key_values=cache, max_new_tokens=2).shape == (3, 23) and len(cache.rows) == 3
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(), Qwen3Config()])
+def test_a_cache_for_another_kind_of_model_is_refused(config):
+    with pytest.raises(ValueError, match=type(config).__name__):
+        StateBankCache(config=config)
 
 
 @pytest.mark.parametrize("repeats", [0, -1])
