@@ -7,10 +7,10 @@ per layer, how much more attention a salient slot gets, is fitted with gradients
 (modeling_bwr_dnc/retrofit/compressor.py). The settings go into the adapter, and with it into the models that it is put into.
 
 With --repeats a second head, in the same way, for what a text will say again: it lifts such tokens above others, but never above a
-salience of 0, where facts begin.
+salience of 0, where facts begin. With --contents it lifts tables of contents, too (modeling_bwr_dnc/retrofit/contents.py).
 
 After each of these the adapter is written, as far as it is taught. Compressors go on from those that the model has. With
---compressors-only nothing else is taught: so a training can be continued.
+--compressors-only nothing else is taught, but for --contents, which adds to what the second heads are: so a training can be continued.
 
 Examples:
   python -m scripts.train_memory --model DIR --output memory.safetensors       (DIR: converted without an adapter)
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from modeling_bwr_dnc.conversion.memory_adapter import save_memory_adapter
 from modeling_bwr_dnc.memory_parameters import memory_in_float32
-from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_compressor, fit_salience
+from modeling_bwr_dnc.retrofit import fit_attention_boost, fit_compressor, fit_contents, fit_salience
 from modeling_bwr_dnc.retrofit.boost import checked_lengths
 from modeling_bwr_dnc.retrofit.compressor import checked_room
 from modeling_bwr_dnc.texts import python_manual, read_text_file
@@ -78,6 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--repeats-layers", nargs=2, type=int, metavar="N", help="first and last layer in which that counts (all)"
     )
     parser.add_argument(
+        "--contents",
+        type=float,
+        default=0.0,
+        help="the same for tables of contents, made from the headings of the texts, in these layers; 0: none (0)",
+    )
+    parser.add_argument(
         "--pooling", type=int, default=17, help="tokens over which salience is averaged when slots are retained (17)"
     )
     parser.add_argument(
@@ -104,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compressors-only",
         action="store_true",
-        help="leave all but the compressors as the model, converted with an adapter, has it",
+        help="leave all but the compressors, and what --contents adds, as the model, converted with an adapter, has it",
     )
     parser.add_argument(
         "--stretch",
@@ -166,7 +172,7 @@ def train_memory(arguments: argparse.Namespace) -> None:
             f"the slots are {model.config.memory_slots}, so there is nothing to keep; give the budget that the memory will have "
             "(--memory-slots 512 160 96)"
         )
-    if arguments.compressors_only and not arguments.compressor_steps:
+    if arguments.compressors_only and not (arguments.compressor_steps or arguments.contents):
         raise ValueError("--compressors-only leaves nothing to teach; say for how many --compressor-steps")
     if arguments.compressor_steps and not model.config.memory_slots[1]:
         raise ValueError(
@@ -187,6 +193,9 @@ def train_memory(arguments: argparse.Namespace) -> None:
         teach_salience(model, tokenizer, tokens, arguments)
         # What has been learned so far outlives an interruption of what follows.
         save_memory_adapter(model, arguments.output)
+    if arguments.contents:
+        teach_contents(model, tokenizer, texts, arguments)
+        save_memory_adapter(model, arguments.output)
     if arguments.boost_steps and not arguments.compressors_only:
         teach_boosts(model, tokenizer, tokens, arguments)
         save_memory_adapter(model, arguments.output)
@@ -201,7 +210,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Raises `ValueError` for what is wrong whatever the model."""
     if Path(arguments.output).exists():
         raise ValueError(f"{arguments.output} exists already; choose another file, or remove it")
-    check_least(arguments, tokens=1, batch_size=1, boost_steps=0, compressor_steps=0, repeats=0, stretch=2)
+    check_least(arguments, tokens=1, batch_size=1, boost_steps=0, compressor_steps=0, repeats=0, contents=0, stretch=2)
     check_output(Path(arguments.output).parent)
     for name in ("scale", "salience_scale", "learning_rate", "copy_weight"):
         value = getattr(arguments, name)
@@ -248,6 +257,21 @@ def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse
             on_progress=on_progress,
         )
     show_by_layer("how far facts stand out, in standard deviations of ordinary text", gaps.items(), digits=1)
+
+
+def teach_contents(model, tokenizer, texts: list[str], arguments: argparse.Namespace) -> None:
+    layers = arguments.repeats_layers
+    with tqdm(unit="tok", desc="reading tables of contents", delay=1) as progress:
+        gaps = fit_contents(
+            model,
+            tokenizer,
+            texts,
+            strength=arguments.contents * arguments.scale,
+            layers=None if layers is None else range(layers[0], layers[1] + 1),
+            seed=arguments.seed,
+            on_progress=progress.update,
+        )
+    show_by_layer("how far tables of contents stand out, in standard deviations of other text", gaps.items(), digits=1)
 
 
 def show_by_layer(what: str, numbers: Iterable[tuple[int, float]], digits: int) -> None:

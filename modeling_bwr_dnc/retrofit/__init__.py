@@ -2,7 +2,17 @@
 
 from .boost import fit_attention_boost
 from .compressor import fit_compressor
+from .contents import fit_contents
 from .facts import Fact, hide_facts, make_fact, sentence_ends
 from .salience import fit_salience
 
-__all__ = ["Fact", "fit_attention_boost", "fit_compressor", "fit_salience", "hide_facts", "make_fact", "sentence_ends"]
+__all__ = [
+    "Fact",
+    "fit_attention_boost",
+    "fit_compressor",
+    "fit_contents",
+    "fit_salience",
+    "hide_facts",
+    "make_fact",
+    "sentence_ends",
+]

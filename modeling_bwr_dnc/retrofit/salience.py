@@ -120,6 +120,11 @@ def logistic_direction(
     return direction / (text.double() @ direction).std()
 
 
+def centred(direction: torch.Tensor, text: Moments, constant: torch.Tensor) -> torch.Tensor:
+    """`direction` [F] less that part along `near_constant`, so that it has a mean of 0 over ordinary text."""
+    return direction - (direction @ text.mean) * constant
+
+
 def near_constant(text: Moments, ridge: float) -> tuple[torch.Tensor, float]:
     """Direction [F] whose product with inputs has the mean 1 over ordinary text, and the least variance; its standard deviation."""
     spread = text.covariance
@@ -343,7 +348,7 @@ def fit_salience(
             second.weight.zero_()
         if repeats and (repeat_layers is None or index in repeat_layers):
             lifted = discriminant(sums[TEXT], sums[REPEATED], ridge)
-            _set(second, repeats * scale * (lifted - (lifted @ sums[TEXT].mean) * constant.cpu()))
+            _set(second, repeats * scale * centred(lifted, sums[TEXT], constant.cpu()))
     return gaps
 
 

@@ -72,6 +72,25 @@ def test_compressors_go_on_alone(call, tiny_source, tiny_model, tmp_path):
         assert tensor.equal(new[name]) != (".compressor." in name), name
 
 
+def test_tables_of_contents_are_added_to_what_was_taught(call, tiny_source, tiny_model, tmp_path):
+    first, more, text = tmp_path / "first.safetensors", tmp_path / "more.safetensors", tmp_path / "manual.txt"
+    options = ("--tokens", 3000, "--repeats", 0.5, "--boost-steps", 0)
+    code, _, errors = call(train_memory, "--model", tiny_model, "--output", first, *options)
+    assert code == 0, errors
+    code, _, errors = call(
+        convert, "--source", tiny_source, "--output", tmp_path / "taught", "--memory-adapter", first
+    )
+    assert code == 0, errors
+    chapters = [f"{number}. Chapter about {number} things\n\n" + "It is long. " * 120 for number in range(40)]
+    text.write_text("\n\n".join(chapters))
+    options = ("--compressors-only", "--contents", 0.5, "--repeats-layers", 1, 1, "--text", text)
+    code, output, errors = call(train_memory, "--model", tmp_path / "taught", "--output", more, *options)
+    assert code == 0 and "how far tables of contents stand out" in output, errors
+    old, new = load_file(first), load_file(more)
+    for name, tensor in old.items():
+        assert tensor.equal(new[name]) != ("layers.1." in name and ".secondary_salience." in name), name
+
+
 def test_bad_input_is_refused(assert_refused, tiny_model, document, tmp_path):
     arguments = ["--model", tiny_model, "--output", tmp_path / "memory.safetensors"]
     assert_refused("--prose-weight is nan", train_memory, *arguments, "--prose-weight", "nan")
