@@ -597,8 +597,8 @@ class BwrDncModel(BwrDncPreTrainedModel):
             hidden_states_to_keep: the last layer computes, and `last_hidden_state` holds, only the last so many tokens, 0 for none
                 (None: all). The memory is the same.
         """
-        num_kept = hidden_states_to_keep
-        require((num_kept or 0) >= 0, "hidden_states_to_keep", num_kept, "be at least 0, or None for all")
+        rule = "be at least 0, or None for all"
+        require((hidden_states_to_keep or 0) >= 0, "hidden_states_to_keep", hidden_states_to_keep, rule)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`forward` takes either `input_ids` or `inputs_embeds`, and exactly one of them.")
         if inputs_embeds is None:
@@ -1108,16 +1108,14 @@ def _new_tokens(
             history = history & (digest == read)[:, None] & (real.sum(1, keepdim=True) >= seen)
         real = real & ~history
     if not bool(real.any(1).all()):
-        name, remedy = "`input_ids`", "pass at least one new token per row."
+        name, remedy = "input_ids", "pass at least one new token per row."
         if is_embedded:
             name, remedy = (
-                "`inputs_embeds`",
-                (
-                    "embeddings have no ids to compare, and are taken for the full history. Pass all of it, or read the new ones before, with "
-                    "`model(inputs_embeds=..., past_key_values=cache)`, and generate from the ids that follow."
-                ),
+                "inputs_embeds",
+                "embeddings have no ids to compare, and are taken for the full history. Pass all of it, ",
             )
-        raise ValueError(f"A row of {name} has no token that the cache has not read already; {remedy}")
+            remedy += "or read the new ones before, with `model(inputs_embeds=..., past_key_values=cache)`, and generate from the ids that follow."
+        raise ValueError(f"A row of `{name}` has no token that the cache has not read already; {remedy}")
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
     first = int(real.any(0).int().argmax())

@@ -404,8 +404,7 @@ class StateBankCache(Cache):
             raise ValueError(
                 "StateBankCache.stack takes at least one cache, and each must have read at least one token."
             )
-        for cache in caches:
-            check_finished(cache.layers)
+        check_finished(layer for cache in caches for layer in cache.layers)
         # Where the model that wrote a cache is gone, and it was not loaded either, the others say which weights it was.
         first = next(
             (c for c in caches if c._loaded_fingerprint or (c._writer and c._writer() is not None)), caches[0]

@@ -233,8 +233,13 @@ def check_texts(model, texts: list[list[int]], arguments: argparse.Namespace) ->
         checked_room(model, texts, arguments.stretch, segment_length, memory_slots)
 
 
-def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse.Namespace) -> None:
+def second_head_layers(arguments: argparse.Namespace) -> range | None:
+    """Layers in which second heads count; None: all."""
     layers = arguments.repeats_layers
+    return None if layers is None else range(layers[0], layers[1] + 1)
+
+
+def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse.Namespace) -> None:
     with tqdm(
         total=sum(min(len(token_ids), arguments.tokens) for token_ids in texts), unit="tok", desc="reading", delay=1
     ) as progress:
@@ -251,7 +256,7 @@ def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse
             seed=arguments.seed,
             scale=arguments.scale,
             repeats=arguments.repeats,
-            repeat_layers=None if layers is None else range(layers[0], layers[1] + 1),
+            repeat_layers=second_head_layers(arguments),
             num_tokens=arguments.tokens,
             batch_size=arguments.batch_size,
             on_progress=on_progress,
@@ -260,14 +265,13 @@ def teach_salience(model, tokenizer, texts: list[list[int]], arguments: argparse
 
 
 def teach_contents(model, tokenizer, texts: list[str], arguments: argparse.Namespace) -> None:
-    layers = arguments.repeats_layers
     with tqdm(unit="tok", desc="reading tables of contents", delay=1) as progress:
         gaps = fit_contents(
             model,
             tokenizer,
             texts,
             strength=arguments.contents * arguments.scale,
-            layers=None if layers is None else range(layers[0], layers[1] + 1),
+            layers=second_head_layers(arguments),
             seed=arguments.seed,
             on_progress=progress.update,
         )

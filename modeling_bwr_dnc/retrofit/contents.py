@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .salience import Moments, centred, discriminant, listen, near_constant
+from .salience import Moments, centred, discriminant, listen, memories_of, near_constant
 
 HEADING = re.compile(r"(\d+(\.\d+)*\.? |[A-Z])[^{}<>=|$\\@/_*]{3,68}[^.,;:?!\s]")
 FEWEST_HEADINGS, MOST_HEADINGS = 7, 45
@@ -98,11 +98,7 @@ def fit_contents(
     Raises:
         ValueError: if the model has no state bank in these layers, or no text has headings enough.
     """
-    attentions = [layer.self_attn for layer in model.get_decoder().layers]
-    memories = {index: attention.memory for index, attention in enumerate(attentions) if hasattr(attention, "memory")}
-    memories = {index: memory for index, memory in memories.items() if layers is None or index in layers}
-    if not memories:
-        raise ValueError("the model has no 'state_bank_attention' layer among these, so there is no salience to fit")
+    memories = memories_of(model, layers)
     drawn = [
         stretch_with_contents(tokenizer, text, length, random.Random(f"{seed} {number} {count}"))
         for number, text in enumerate(texts)
@@ -130,7 +126,7 @@ def fit_contents(
         listen(model, heads, [token_ids], add, on_progress)
     gaps = {}
     for index, (others, table) in moments.items():
-        direction = centred(discriminant(others, table, ridge), others, near_constant(others, ridge)[0])
+        direction = centred(discriminant(others, table, ridge), others.mean, near_constant(others, ridge)[0])
         gaps[index] = float(direction @ (table.mean - others.mean))
         head = memories[index].secondary_salience
         head.weight += (strength * direction).to(head.weight)

@@ -116,13 +116,13 @@ def logistic_direction(
     with torch.enable_grad():
         optimizer.step(closure)
     direction = weight.detach() / deviation
-    direction = (direction - (direction @ mean) * constant).double()
+    direction = centred(direction, mean, constant).double()
     return direction / (text.double() @ direction).std()
 
 
-def centred(direction: torch.Tensor, text: Moments, constant: torch.Tensor) -> torch.Tensor:
-    """`direction` [F] less that part along `near_constant`, so that it has a mean of 0 over ordinary text."""
-    return direction - (direction @ text.mean) * constant
+def centred(direction: torch.Tensor, mean: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """`direction` [F] less a part along `near_constant`, so that it is 0 at the `mean` [F] of ordinary text."""
+    return direction - (direction @ mean) * constant
 
 
 def near_constant(text: Moments, ridge: float) -> tuple[torch.Tensor, float]:
@@ -195,6 +195,17 @@ def batches_of_alike(lengths: Sequence[int], batch_size: int) -> list[list[int]]
             batches.append([])
         batches[-1].append(number)
     return batches
+
+
+def memories_of(model: PreTrainedModel, layers: Collection[int] | None = None) -> dict[int, nn.Module]:
+    """The learned parts of the state banks, by layer, of some layers or all. Raises `ValueError` if there is none."""
+    attentions = enumerate(layer.self_attn for layer in model.get_decoder().layers)
+    memories = {index: attention.memory for index, attention in attentions if hasattr(attention, "memory")}
+    memories = {index: memory for index, memory in memories.items() if layers is None or index in layers}
+    if not memories:
+        where = "" if layers is None else f" among {list(layers)}"
+        raise ValueError(f"the model has no 'state_bank_attention' layer{where}, so there is no salience to fit")
+    return memories
 
 
 def averaged(inputs: torch.Tensor, width: int) -> torch.Tensor:
@@ -274,10 +285,8 @@ def fit_salience(
     Raises:
         ValueError: if the model has no state bank, or the texts hold no fact or nothing else.
     """
-    layers = [layer.self_attn for layer in model.get_decoder().layers]
-    heads = {index: layer.memory.salience for index, layer in enumerate(layers) if hasattr(layer, "memory")}
-    if not heads:
-        raise ValueError("the model has no 'state_bank_attention' layer, so there is no salience to fit")
+    memories = memories_of(model)
+    heads = {index: memory.salience for index, memory in memories.items()}
     prepared = [
         text_with_facts(tokenizer, token_ids[:num_tokens], random.Random(f"{seed} {number}"), gap)[:2]
         for number, token_ids in enumerate(texts)
@@ -343,12 +352,12 @@ def fit_salience(
         if abs(shift) * deviation < NEGLIGIBLE_NOISE:
             direction -= shift * constant
         _set(heads[index], scale / 2 * direction)
-        second = layers[index].memory.secondary_salience
+        second = memories[index].secondary_salience
         if second is not None:
             second.weight.zero_()
         if repeats and (repeat_layers is None or index in repeat_layers):
             lifted = discriminant(sums[TEXT], sums[REPEATED], ridge)
-            _set(second, repeats * scale * centred(lifted, sums[TEXT], constant.cpu()))
+            _set(second, repeats * scale * centred(lifted, sums[TEXT].mean, constant.cpu()))
     return gaps
 
 

@@ -232,17 +232,17 @@ def test_a_run_reports_to_tensorboard(call, recipe, tmp_path, monkeypatch):
     assert len(list((tmp_path / "board").iterdir())) == 1
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", "wandb", "trackio"])
-def test_a_logger_that_is_missing_says_what_to_install(assert_refused, recipe, logger):
-    if importlib.util.find_spec(logger):
-        pytest.skip(f"{logger} is installed")
-    assert_refused(f"pip install {logger}", train, "--config", recipe, f"training.report_to={logger}")
-
-
-def test_an_optimizer_that_is_missing_says_what_to_install(assert_refused, recipe):
-    if importlib.util.find_spec("galore_torch"):
-        pytest.skip("galore_torch is installed")
-    assert_refused("galore_torch", train, "--config", recipe, "training.optim=galore_adamw")
+@pytest.mark.parametrize(
+    ("library", "setting", "words"),
+    [
+        *((logger, f"report_to={logger}", f"pip install {logger}") for logger in ("tensorboard", "wandb", "trackio")),
+        ("galore_torch", "optim=galore_adamw", "galore_torch"),
+    ],
+)
+def test_a_library_that_is_missing_is_named(assert_refused, recipe, library, setting, words):
+    if importlib.util.find_spec(library):
+        pytest.skip(f"{library} is installed, so that nothing is missing")
+    assert_refused(words, train, "--config", recipe, f"training.{setting}")
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(assert_refused, recipe, tiny_model):
